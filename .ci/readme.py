@@ -22,7 +22,8 @@ def readme()->str:
     body, resources = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
     if resources["outputs"]: sys.exit("nbs/index.ipynb: an output is an image; save it as a file and link to it")
     body = re.sub(r"\A\s*---\n.*?\n---\n", "", body, flags=re.DOTALL).replace(warning, "")
-    body = re.sub(r"(\]\()([^)\s]+)(\))", _link, body)
+    parts = re.split(r"(^```.*?^```$|^    .*$|`[^`\n]+`)", body, flags=re.DOTALL|re.MULTILINE) # code and outputs at odd places
+    body = "".join(p if i%2 else re.sub(r"(\]\()([^)\s]+)(\))", _link, p) for i, p in enumerate(parts))
     body = re.sub(r"[ \t]+$", "", body, flags=re.MULTILINE)
     return f"# {fm['title']}\n\n{warning}\n\n> {fm['description']}\n\n"+re.sub(r"\n{3,}", "\n\n", body).strip()+"\n"
 

