@@ -42,7 +42,7 @@ class ModelConfig:
 class LoraConfig:
     "The student's adapter."
     r: int = _positive(16)            # rank
-    alpha: float = _positive(32)      # the update is scaled by alpha/r
+    alpha: float = _positive(32.0)    # the update is scaled by alpha/r
     dropout: float = _such(0.05, lambda x: 0 <= x < 1, "at least 0 and less than 1") # on the adapter's input
     target_modules: list[str] = _some(bool, "at least one", *"q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()) # linear layers with an adapter
 
@@ -128,7 +128,8 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     "What is measured, and with which engine."
-    conditions: list[str] = _some(lambda x: set(x) <= {"zero_shot", "few_shot"}, "some of zero_shot, few_shot", "zero_shot", "few_shot") # of the base model
+    conditions: list[str] = _some(lambda x: all(re.fullmatch(r"zero_shot|few_shot|\d+_shot|teacher", c) for c in x),
+        "some of zero_shot, few_shot, N_shot (such as 4_shot), teacher", "zero_shot", "few_shot") # of the base model
     checkpoints: Optional[str] = None # a run's folder, or one checkpoint
     steps: list[int] = _some(lambda x: all(i >= 0 for i in x), "each 0 or more") # which of a run's checkpoints; default: all
     split: str = _one_of("test", "dev") # which examples
@@ -208,7 +209,9 @@ def _check_keys(values:dict, schema, where:str, prefix:str="")->dict:
         name = f"{prefix}{key}"
         if key not in fields:
             everywhere = [f"{s.name}.{x.name}" for s in dataclasses.fields(Config) if dataclasses.is_dataclass(s.type) for x in dataclasses.fields(s.type)]
-            close = [f for f in everywhere if f.split(".")[1] == key] or [prefix+f for f in difflib.get_close_matches(str(key), fields, 1)]
+            nearest = lambda names: difflib.get_close_matches(str(key), names, 1)
+            close = [f for f in everywhere if f.split(".")[1] == key] or [prefix+f for f in nearest(fields)]
+            close = close or [f for f in everywhere if f.split(".")[1] in nearest([f.split(".")[1] for f in everywhere])]
             raise InputError(f"{where}: unknown key {name!r}; " + (f"did you mean {' or '.join(map(repr, close))}?" if close else f"known here are {', '.join(fields)}"))
         f = fields[key]
         if dataclasses.is_dataclass(f.type):
@@ -221,6 +224,7 @@ def _check_keys(values:dict, schema, where:str, prefix:str="")->dict:
 # %% ../nbs/00_config.ipynb #c021
 _MASK = {"$": "\ufdd0", "?": "\ufdd1"} # code points that Unicode reserves for such use
 def _mask(x):
+    if any(m in x for m in _MASK.values()): raise InputError(f"{x!r}: U+FDD0 and U+FDD1 are no characters and cannot be used")
     for a, b in _MASK.items(): x = x.replace(a, b)
     return x
 

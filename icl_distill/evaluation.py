@@ -64,7 +64,7 @@ def find_checkpoints(
     if missing := [s for s in steps if s not in found]: raise InputError(f"evaluate.steps {missing}: {str(path)!r} has {sorted(found)}")
     return {f"step_{s}": found[s] for s in sorted(found) if not steps or s in steps}
 
-# %% ../nbs/10_evaluation.ipynb #c011
+# %% ../nbs/10_evaluation.ipynb #c012
 def find_conditions(
     cfg:Config, # evaluate.conditions, .checkpoints and .steps are read
     train:list[Example], # where shots are drawn from
@@ -87,7 +87,7 @@ def check_checkpoint(cfg:Config, folder, engine:str):
         if then[k] != now[k]:
             raise InputError(f"checkpoint {str(folder)!r} was trained with prompt.{k}={then[k]!r} and is asked here with {now[k]!r}: set it to the former")
 
-# %% ../nbs/10_evaluation.ipynb #c013
+# %% ../nbs/10_evaluation.ipynb #c014
 def digest(x)->str: # 16 hexadecimal digits
     "A hash of anything that JSON can write, or of bytes."
     return hashlib.sha256(x if isinstance(x, bytes) else json.dumps(x, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
@@ -112,7 +112,7 @@ def adapter_hash(folder:Optional[str])->Optional[str]:
     if folder is None: return None
     return digest(b"".join((Path(folder)/f).read_bytes() for f in ("adapter_config.json", "adapter_model.safetensors")))
 
-# %% ../nbs/10_evaluation.ipynb #c015
+# %% ../nbs/10_evaluation.ipynb #c016
 class Records:
     "The records of one condition on one test set: a file that grows."
     def __init__(self, path, ident:dict):
@@ -137,7 +137,7 @@ class Records:
         odd = [f"{k}: {there.get(k)!r} there, {self.ident.get(k)!r} now" for k in sorted(there.keys()|self.ident.keys()) if there.get(k) != self.ident.get(k)]
         raise InputError(f"{self.path} holds records of another evaluation ({'; '.join(odd)}). Remove it, or name another evaluate.output")
 
-# %% ../nbs/10_evaluation.ipynb #c016
+# %% ../nbs/10_evaluation.ipynb #c017
 @contextmanager
 def writing(self:Records):
     "A function that appends a record; what happened in between is timed, and nothing is lost when it is interrupted."
@@ -155,7 +155,7 @@ def writing(self:Records):
             put(session)
 Records.writing = writing
 
-# %% ../nbs/10_evaluation.ipynb #c017
+# %% ../nbs/10_evaluation.ipynb #c018
 def _write(path:Path, text:str):
     "Write beside, then rename: a reader sees the old file or the new one."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _write(path:Path, text:str):
     tmp.write_text(text, encoding="utf-8", newline="\n")
     os.replace(tmp, path)
 
-# %% ../nbs/10_evaluation.ipynb #c021
+# %% ../nbs/10_evaluation.ipynb #c022
 def make_record(task:Task, cond:Condition, set_name:str, example:Example, prompt:list[int], c)->dict:
     "What is kept of one answer `c` (a `Completion`)."
     s = task.score(c.text, example)
@@ -171,7 +171,7 @@ def make_record(task:Task, cond:Condition, set_name:str, example:Example, prompt
         strict=s.strict, flexible=s.flexible, gold=s.gold, correct=bool(s.correct),
         correct_flexible=bool(s.correct_flexible), n_tokens=c.n_tokens, truncated=c.truncated)
 
-# %% ../nbs/10_evaluation.ipynb #c023
+# %% ../nbs/10_evaluation.ipynb #c024
 def make_prompts(
     cfg:Config,
     prompter:Prompter,
@@ -189,7 +189,7 @@ def make_prompts(
                 raise InputError(f"item {e.id!r} under condition {cond.name!r}: {len(p)} prompt tokens and {new} for the answer are more than {limit} ({what})")
     return prompts
 
-# %% ../nbs/10_evaluation.ipynb #c025
+# %% ../nbs/10_evaluation.ipynb #c026
 def summary(rows:list[dict])->dict:
     "Accuracy with Wilson's interval, truncation and lengths of one condition on one set."
     n, k = len(rows), sum(r["correct"] for r in rows)
@@ -197,7 +197,7 @@ def summary(rows:list[dict])->dict:
     return dict(accuracy=k/n, n=n, ci95=list(wilson(k, n)), truncated=mean("truncated"), accuracy_flexible=mean("correct_flexible"),
         mean_tokens=mean("n_tokens"), mean_prompt_tokens=mean("n_prompt_tokens"))
 
-# %% ../nbs/10_evaluation.ipynb #c027
+# %% ../nbs/10_evaluation.ipynb #c028
 def baseline_of(names:list[str])->str: # the condition to which a table's differences refer
     return "sft" if "sft" in names else names[0]
 
@@ -213,7 +213,7 @@ def paired(records:dict, set_name:str)->list[dict]: # condition -> its rows
     if any(len(r) < 2 for r in right.values()): return []
     return [dict(a=a, b=b, set=set_name) | compare(right[a], right[b]) for a, b in pairs_of(list(records))]
 
-# %% ../nbs/10_evaluation.ipynb #c030
+# %% ../nbs/10_evaluation.ipynb #c031
 def selected(
     dev:Optional[dict], # results on the development set
     conditions:dict, # name -> {"adapter": hash}, those of the table
@@ -225,7 +225,7 @@ def selected(
     best = max(mine, key=lambda k: seen[k]["accuracy"])  # the first of equals
     return dict(condition=best, accuracy_dev=seen[best]["accuracy"], n_dev=seen[best]["n"])
 
-# %% ../nbs/10_evaluation.ipynb #c032
+# %% ../nbs/10_evaluation.ipynb #c033
 def table_rows(res:dict, baseline:Optional[str]=None)->list[dict]:
     "The table, one dict a condition."
     base, chosen = baseline or baseline_of(list(res["conditions"])), (res.get("selected") or {}).get("condition")
@@ -239,11 +239,11 @@ def table_rows(res:dict, baseline:Optional[str]=None)->list[dict]:
         return out | {f"against {base}": f"{100*d['difference']:+.1f}" if d else "", "p": f"{d['p_mcnemar']:.2g}" if d else ""}
     return [row(k, c) for k, c in res["conditions"].items()]
 
-# %% ../nbs/10_evaluation.ipynb #c033
+# %% ../nbs/10_evaluation.ipynb #c034
 def notes(res:dict)->list[str]:
     "What a reader of the table must know."
-    limit, engine = res["config"]["evaluate"]["max_new_tokens"], res["engine"]["name"]
-    out = [f"{res['model']}, {res['task']}, {res['split']} set; greedy, at most {limit} tokens, {engine} engine; p: exact McNemar, paired by item."]
+    limit, engine = res["config"]["evaluate"]["max_new_tokens"], "{name} engine ({why})".format(**res["engine"])
+    out = [f"{res['model']}, {res['task']}, {res['split']} set; greedy, at most {limit} tokens, {engine}; p: exact McNemar, paired by item."]
     if s := res.get("selected"):
         out.append(f"* chosen on the development set ({100*s['accuracy_dev']:.1f} % of {s['n_dev']}); the other checkpoints are shown, not chosen from.")
     elif res["split"] == "test" and any(c["adapter"] for c in res["conditions"].values()):
@@ -256,7 +256,7 @@ def markdown(res:dict, baseline:Optional[str]=None)->str:
     lines = [list(rows[0]), ["---"]*len(rows[0])] + [[r.get(k, "") for k in rows[0]] for r in rows]
     return "\n".join("| "+" | ".join(x.replace("|", "\\|") for x in l)+" |" for l in lines)+"\n\n"+"\n".join(notes(res))+"\n"
 
-# %% ../nbs/10_evaluation.ipynb #c034
+# %% ../nbs/10_evaluation.ipynb #c035
 def as_csv(res:dict)->str:
     "All numbers, unrounded: one line for each condition and set."
     keys = ("accuracy", "n", "ci_low", "ci_high", "truncated", "accuracy_flexible", "mean_tokens", "mean_prompt_tokens")
@@ -268,7 +268,7 @@ def as_csv(res:dict)->str:
             w.writerow((res["model"], res["task"], res["seed"], name, s, *(x[k] for k in keys)))
     return f.getvalue()
 
-# %% ../nbs/10_evaluation.ipynb #c036
+# %% ../nbs/10_evaluation.ipynb #c037
 @dataclass
 class Job:
     "What is to be answered, and what is answered already."
@@ -286,7 +286,7 @@ class Job:
     def adapter(self)->Optional[str]: # the adapter's name in the engine
         return re.sub(r"\W", "_", self.cond.name) if self.cond.checkpoint else None
 
-# %% ../nbs/10_evaluation.ipynb #c037
+# %% ../nbs/10_evaluation.ipynb #c038
 def item_sets(cfg:Config, task:Task)->dict[str,list[Example]]: # the main set first
     "The sets that are asked for, cut to `evaluate.n_samples` (the first ones)."
     sets = dict(dev=task.dev) if cfg.evaluate.split == "dev" else task.tests
@@ -307,7 +307,7 @@ def plan(cfg:Config, task:Task, prompter:Prompter, conditions:list[Condition], e
         jobs.append(Job(cond, name, items, make_prompts(cfg, prompter, cond, items, max_length), Records(path, identity(cfg, prompter, cond, items, engine))))
     return jobs
 
-# %% ../nbs/10_evaluation.ipynb #c038
+# %% ../nbs/10_evaluation.ipynb #c039
 def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar):
     "Answer what is left. An adapter that changes nothing is an error before it is scored."
     left = job.left
@@ -320,7 +320,7 @@ def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar):
             done = job.records.rows.values()
             bar.update(); bar.set_postfix_str(f"{100*sum(r['correct'] for r in done)/len(done):.1f} % right", refresh=False)
 
-# %% ../nbs/10_evaluation.ipynb #c040
+# %% ../nbs/10_evaluation.ipynb #c041
 @contextmanager
 def engine_for(cfg:Config, prompter:Prompter, jobs:list[Job], given=None):
     "The engine that is given, or one opened for this, with the adapters that the jobs need. A given one is handed back as it was."
@@ -340,7 +340,7 @@ def model_config(cfg:Config, engine=None):
     if isinstance(engine, TransformersEngine): return engine.config
     return AutoConfig.from_pretrained(model_path(cfg.model.name), revision=cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
 
-# %% ../nbs/10_evaluation.ipynb #c042
+# %% ../nbs/10_evaluation.ipynb #c043
 def run_jobs(cfg:Config, prompter:Prompter, task:Task, jobs:list[Job], engine=None, progress:bool=True):
     "Answer what is left of all jobs, under one bar."
     from tqdm import tqdm
@@ -349,7 +349,7 @@ def run_jobs(cfg:Config, prompter:Prompter, task:Task, jobs:list[Job], engine=No
     with engine_for(cfg, prompter, jobs, engine) as e, tqdm(total=total, initial=total-left, **({} if progress else dict(disable=True))) as bar:
         for j in jobs: run_job(j, e, task, cfg.evaluate.max_new_tokens, bar)
 
-# %% ../nbs/10_evaluation.ipynb #c043
+# %% ../nbs/10_evaluation.ipynb #c044
 def out_path(cfg:Config)->Path: # of the results file
     "`evaluate.output`, or evaluation/results.json (for dev: evaluation/dev/results.json) in the run's folder."
     return Path(cfg.evaluate.output or Path(cfg.run)/"evaluation"/("dev" if cfg.evaluate.split == "dev" else "")/"results.json")
@@ -363,7 +363,7 @@ def condition_result(jobs:list[Job], kv:int)->dict: # jobs of one condition, the
     total = sum(j.records.timed[0] for j in jobs)
     return out | dict(seconds=total, latency=seconds/n if n else None, kv_bytes=kv*(out["mean_prompt_tokens"]+out["mean_tokens"]))
 
-# %% ../nbs/10_evaluation.ipynb #c044
+# %% ../nbs/10_evaluation.ipynb #c045
 def results(cfg:Config, jobs:list[Job], engine:tuple[str,str], kv:int, dev:Optional[dict]=None)->dict:
     "Everything that is reported, with all it takes to make it again."
     by, sets = {}, {}
@@ -373,7 +373,7 @@ def results(cfg:Config, jobs:list[Job], engine:tuple[str,str], kv:int, dev:Optio
         paired=[p for s, records in sets.items() for p in paired(records, s)], engine=dict(zip(("name", "why"), engine)),
         environment=env, config=config_dict(cfg), seed=cfg.seed, commit=env.get("commit"))
 
-# %% ../nbs/10_evaluation.ipynb #c045
+# %% ../nbs/10_evaluation.ipynb #c046
 def evaluate(
     cfg:Config, # model, task, prompt, context and evaluate are read
     conditions:Optional[list[Condition]]=None, # instead of those of the config
@@ -397,7 +397,7 @@ def evaluate(
         _write(path.with_suffix(suffix), text)
     return res
 
-# %% ../nbs/10_evaluation.ipynb #c052
+# %% ../nbs/10_evaluation.ipynb #c054
 def load_report(path)->tuple[dict,Path]: # results, the folder of the records
     "From a run's folder, an evaluation's, or a results file."
     path = Path(path)
@@ -413,7 +413,7 @@ def read_outcomes(folder:Path, cond:str)->dict: # item -> right?
     rows = [json.loads(l) for l in (folder/f"{cond}.jsonl").read_text(encoding="utf-8").splitlines()]
     return {(r["id"], r["gold"]): r["correct"] for r in rows if "id" in r}
 
-# %% ../nbs/10_evaluation.ipynb #c053
+# %% ../nbs/10_evaluation.ipynb #c055
 def with_baseline(res:dict, records:Path, other)->tuple[dict,str]: # results with one condition more, its name
     "Add the checkpoint of another run as the baseline of all differences."
     theirs, folder = load_report(other)
@@ -424,7 +424,7 @@ def with_baseline(res:dict, records:Path, other)->tuple[dict,str]: # results wit
     more = [dict(a=k, b=name, set=res["set"]) | compare(read_outcomes(records, k), base) for k in res["conditions"]]
     return res | dict(conditions=res["conditions"] | {name: theirs["conditions"][pick]}, paired=res["paired"]+more), name
 
-# %% ../nbs/10_evaluation.ipynb #c054
+# %% ../nbs/10_evaluation.ipynb #c056
 def report(
     path, # a run's folder, or a results file
     against=None, # another run (SFT's), whose checkpoint becomes the baseline

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'Completion', 'common_prefix', 'left_pad', 'RowsLayer', 'shared_prefix_attention', 'sees_all', 'borrowed',
            'read_prefix', 'rows_cache', 'next_ids', 'decode_batch', 'check_prompts', 'completion', 'TransformersEngine',
-           'kv_bytes', 'attach', 'detach', 'probe', 'check_applied', 'VLLMEngine', 'lora_rank', 'generate',
+           'generate', 'kv_bytes', 'attach', 'detach', 'probe', 'check_applied', 'VLLMEngine', 'lora_rank',
            'choose_engine', 'open_engine']
 
 # %% ../nbs/09_generation.ipynb #c003
@@ -207,6 +207,7 @@ def _rows_of(at, ids, real, cache):
     cache.batch_select_indices(at)
     return ids[at], real[at]
 
+# %% ../nbs/09_generation.ipynb #c039
 def decode_batch(
     step, # (ids, real, cache) -> next ids
     ids:torch.Tensor, # (B,T) prompts, left-padded
@@ -229,7 +230,7 @@ def decode_batch(
         if 8*(len(live)-len(stay)) >= len(live): live, (ids, real) = [live[i] for i in stay], _rows_of(stay, ids, real, cache)
     yield from ((r, out[r]) for r in live if r not in done)
 
-# %% ../nbs/09_generation.ipynb #c042
+# %% ../nbs/09_generation.ipynb #c043
 def check_prompts(prompts:list[list[int]], max_new_tokens:int, max_length:Optional[int]=None):
     "Raises `InputError` for a prompt that is empty, or too long for a model that reads `max_length` tokens."
     for i, p in enumerate(prompts):
@@ -243,7 +244,7 @@ def completion(tok, ids:list[int], stop_ids)->Completion:
     kept = list(ids[:-1] if stopped else ids)
     return Completion(kept, tok.decode(kept, skip_special_tokens=True), len(ids), not stopped)
 
-# %% ../nbs/09_generation.ipynb #c045
+# %% ../nbs/09_generation.ipynb #c046
 class TransformersEngine:
     "Greedy decoding with the model's own forward pass."
     name = "transformers"
@@ -263,32 +264,35 @@ class TransformersEngine:
         self.max_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.wrapped, self.attached = None, []
 
-    def generate(self,
-        prompts:list[list[int]], # token ids
-        adapter:Optional[str]=None, # None: the base model
-        max_new_tokens:int=400,
-        share_prefix:bool=True, # read what all prompts begin with once?
-    )->Iterator[tuple[int, Completion]]: # (index of the prompt, answer), in the order in which they finish
-        "Answer all prompts. The model stays borrowed until the iterator is exhausted or closed."
-        check_prompts(prompts, max_new_tokens, self.max_length)
-        if not prompts: return
-        prefix = common_prefix(prompts) if share_prefix and self.sees_all else []
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        with borrowed(self.model, adapter): cache = read_prefix(self.model, prefix)
-        with borrowed(self.model, adapter, "icl_shared_prefix" if self.shared else None):
-            for i in range(0, len(order), self.batch_size):
-                rows = order[i:i+self.batch_size]
-                for r, ids in self._batch([prompts[j][len(prefix):] for j in rows], cache, len(prefix), max_new_tokens):
-                    yield rows[r], completion(self.tok, ids, self.stop_ids)
+# %% ../nbs/09_generation.ipynb #c047
+def _batch(self:TransformersEngine, rows, prefix, n, max_new_tokens):
+    "Decode rows behind a prefix of `n` tokens that was read."
+    ids, real = (x.to(self.model.device) for x in left_pad(rows))
+    cache = rows_cache(prefix, n, len(rows), self.shared)
+    layers = [(l.keys, l.values) if n else None for l in prefix.layers] if self.shared else None
+    step = lambda *args: next_ids(self.model, *args, n, layers)
+    return decode_batch(step, ids, real, cache, self.stop_ids, max_new_tokens)
 
-    def _batch(self, rows, prefix, n, max_new_tokens):
-        ids, real = (x.to(self.model.device) for x in left_pad(rows))
-        cache = rows_cache(prefix, n, len(rows), self.shared)
-        layers = [(l.keys, l.values) if n else None for l in prefix.layers] if self.shared else None
-        step = lambda *args: next_ids(self.model, *args, n, layers)
-        return decode_batch(step, ids, real, cache, self.stop_ids, max_new_tokens)
+def generate(self:TransformersEngine,
+    prompts:list[list[int]], # token ids
+    adapter:Optional[str]=None, # None: the base model
+    max_new_tokens:int=400,
+    share_prefix:bool=True, # read what all prompts begin with once?
+)->Iterator[tuple[int, Completion]]: # (index of the prompt, answer), in the order in which they finish
+    "Answer all prompts. The model stays borrowed until the iterator is exhausted or closed."
+    check_prompts(prompts, max_new_tokens, self.max_length)
+    if not prompts: return
+    prefix, n = (common_prefix(prompts) if share_prefix and self.sees_all else []), self.batch_size
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with borrowed(self.model, adapter): cache = read_prefix(self.model, prefix)
+    with borrowed(self.model, adapter, "icl_shared_prefix" if self.shared else None):
+        for rows in (order[i:i+n] for i in range(0, len(order), n)):
+            for r, ids in self._batch([prompts[j][len(prefix):] for j in rows], cache, len(prefix), max_new_tokens):
+                yield rows[r], completion(self.tok, ids, self.stop_ids)
 
-# %% ../nbs/09_generation.ipynb #c052
+TransformersEngine._batch, TransformersEngine.generate = _batch, generate
+
+# %% ../nbs/09_generation.ipynb #c054
 def kv_bytes(
     config, # a transformers model config
     dtype:str="bfloat16", # of the model
@@ -298,7 +302,7 @@ def kv_bytes(
     head_dim = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*(getattr(c, "num_key_value_heads", None) or c.num_attention_heads)*head_dim*getattr(torch, dtype).itemsize
 
-# %% ../nbs/09_generation.ipynb #c055
+# %% ../nbs/09_generation.ipynb #c057
 def attach(self:TransformersEngine,
     adapters:dict[str,str], # name -> checkpoint folder
     base_hash:Optional[str]=None, # refuse checkpoints of another base model
@@ -322,7 +326,7 @@ def detach(self:TransformersEngine):
 
 TransformersEngine.attach, TransformersEngine.detach = attach, detach
 
-# %% ../nbs/09_generation.ipynb #c060
+# %% ../nbs/09_generation.ipynb #c062
 def probe(self:TransformersEngine, ids:list[int], adapter:Optional[str]=None)->torch.Tensor:
     "Logits on a probe (all its positions), for comparison with another call's."
     with borrowed(self.model, adapter), torch.inference_mode():
@@ -341,7 +345,7 @@ def check_applied(
                                             "it was not applied, or it was never trained")
     return effect
 
-# %% ../nbs/09_generation.ipynb #c063
+# %% ../nbs/09_generation.ipynb #c065
 class VLLMEngine:
     "Greedy decoding by vLLM."
     name = "vllm"
@@ -365,7 +369,7 @@ class VLLMEngine:
         self.requests = {None: None} | {n: LoRARequest(n, i, str(f)) for i, (n, f) in enumerate(adapters.items(), 1)}
         self.max_length = self.llm.llm_engine.model_config.max_model_len
 
-# %% ../nbs/09_generation.ipynb #c064
+# %% ../nbs/09_generation.ipynb #c066
 def lora_rank(adapters:dict[str,str])->int: # name -> checkpoint folder
     "The largest rank among adapters, rounded up to one that vLLM can be started with."
     import json
@@ -375,6 +379,7 @@ def lora_rank(adapters:dict[str,str])->int: # name -> checkpoint folder
     if largest > known[-1]: raise InputError(f"an adapter of rank {largest}: vLLM goes up to {known[-1]}; use evaluate.engine=transformers")
     return next(r for r in known if r >= largest)
 
+# %% ../nbs/09_generation.ipynb #c067
 def _run(self:VLLMEngine, prompts, adapter, **sampling):
     from vllm import SamplingParams
     if adapter not in self.requests: raise InputError(f"adapter {adapter!r}: vLLM was started with {', '.join(filter(None, self.requests)) or 'none'}")
@@ -395,7 +400,7 @@ def probe(self:VLLMEngine, ids:list[int], adapter:Optional[str]=None)->torch.Ten
 
 VLLMEngine._run, VLLMEngine.generate, VLLMEngine.probe = _run, generate, probe
 
-# %% ../nbs/09_generation.ipynb #c066
+# %% ../nbs/09_generation.ipynb #c069
 def choose_engine(
     wanted:str="auto", # auto, transformers or vllm
 )->tuple[str, str]: # (engine, why)
@@ -405,7 +410,7 @@ def choose_engine(
     if not torch.cuda.is_available(): return "transformers", "no GPU is visible"
     return "vllm", "vllm is installed and a GPU is visible"
 
-# %% ../nbs/09_generation.ipynb #c068
+# %% ../nbs/09_generation.ipynb #c071
 def open_engine(
     cfg:Config, # model and evaluate are read
     tok, # the model's tokenizer

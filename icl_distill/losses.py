@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import LossConfig
 from .hub import InputError
 
-# %% ../nbs/04_losses.ipynb #c006
+# %% ../nbs/04_losses.ipynb #c007
 @dataclass
 class Head:
     "A frozen output head: `softcap(scale * (hidden @ weight.T + bias))`, in the weight's dtype."
@@ -32,7 +32,7 @@ class Head:
         if self.scale != 1.0: x = x*self.scale
         return x if self.softcap is None else torch.tanh(x/self.softcap)*self.softcap
 
-# %% ../nbs/04_losses.ipynb #c009
+# %% ../nbs/04_losses.ipynb #c010
 @dataclass
 class Targets:
     "The teacher at A answer positions: its top-K logits, where they stand, and the log-partition over the whole vocabulary."
@@ -49,7 +49,7 @@ class Targets:
     def cat(parts:list["Targets"])->"Targets":
         return Targets(*(torch.cat([getattr(p, f) for p in parts]) for f in ("values", "ids", "logz")))
 
-# %% ../nbs/04_losses.ipynb #c011
+# %% ../nbs/04_losses.ipynb #c012
 @torch.no_grad()
 def topk_targets(
     logits:Tensor,        # (A,V)
@@ -62,7 +62,7 @@ def topk_targets(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return Targets(top.values, top.indices.int(), (wide/temperature).logsumexp(-1))
 
-# %% ../nbs/04_losses.ipynb #c014
+# %% ../nbs/04_losses.ipynb #c015
 def mse(s:Tensor, t:Tensor)->Tensor: # (A,K), (A,K) -> (A,)
     "The paper's: raw logits, mean over K."
     return (s-t).square().mean(-1)
@@ -72,7 +72,7 @@ def centred_mse(s:Tensor, t:Tensor)->Tensor: # (A,K), (A,K) -> (A,)
     d = s-t
     return (d-d.mean(-1, keepdim=True)).square().mean(-1)
 
-# %% ../nbs/04_losses.ipynb #c017
+# %% ../nbs/04_losses.ipynb #c018
 TAIL_FLOOR = 1e-6  # probability under which a float32 tail is rounding error
 
 def buckets(
@@ -86,7 +86,7 @@ def buckets(
     x = x-logz[:, None]
     return torch.cat([x, (1-x.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR).log()], -1)
 
-# %% ../nbs/04_losses.ipynb #c020
+# %% ../nbs/04_losses.ipynb #c021
 def kl(p:Tensor, q:Tensor)->Tensor: # log-probabilities (A,N), (A,N) -> (A,)
     "KL(p ‖ q)."
     return (p.exp()*(p-q)).sum(-1)
@@ -96,20 +96,21 @@ def jsd(p:Tensor, q:Tensor, beta:float)->Tensor: # log-probabilities (A,N), (A,N
     m = torch.logaddexp(p+math.log(beta), q+math.log(1-beta))
     return beta*kl(p, m)+(1-beta)*kl(q, m)
 
-# %% ../nbs/04_losses.ipynb #c023
+# %% ../nbs/04_losses.ipynb #c024
 KINDS = ("mse", "centred_mse", "forward_kl", "reverse_kl", "jsd")
 
 def check_loss(cfg:LossConfig):
     "Raises `InputError` where the loss's settings contradict each other."
     if cfg.kind not in KINDS: raise InputError(f"loss.kind={cfg.kind!r}: must be one of {', '.join(KINDS)}")
     if cfg.kind.endswith("mse") and cfg.temperature != 1:
-        raise InputError(f"loss.temperature={cfg.temperature:g} has no effect on loss.kind={cfg.kind}, which compares logits: leave it at 1, or choose forward_kl, reverse_kl or jsd")
+        raise InputError(f"loss.temperature={cfg.temperature:g} has no effect on loss.kind={cfg.kind}, which compares logits: "
+            "leave it at 1, or choose forward_kl, reverse_kl or jsd")
     if cfg.temperature <= 0: raise InputError(f"loss.temperature={cfg.temperature:g}: must be positive")
     if cfg.kind == "jsd" and not 0 < cfg.beta < 1:
         raise InputError(f"loss.beta={cfg.beta:g}: jsd is zero there; it must lie strictly between 0 and 1 (for its two ends choose forward_kl or reverse_kl)")
     if cfg.chunk_size < 1: raise InputError(f"loss.chunk_size={cfg.chunk_size}: must be at least 1")
 
-# %% ../nbs/04_losses.ipynb #c024
+# %% ../nbs/04_losses.ipynb #c025
 def distill_loss(
     values:Tensor,   # (A,K) the student's logits at the teacher's top-K ids
     logz:Tensor,     # (A,) the student's log-partition at the loss's temperature
@@ -124,7 +125,7 @@ def distill_loss(
     d = kl(p, q) if cfg.kind == "forward_kl" else kl(q, p) if cfg.kind == "reverse_kl" else jsd(p, q, cfg.beta)
     return d*cfg.temperature**2
 
-# %% ../nbs/04_losses.ipynb #c035
+# %% ../nbs/04_losses.ipynb #c036
 SUMS = ("total", "ce", "distill", "positions", "distilled", "mse", "shift", "topk_mass", "student_topk_mass", "diagnosed", "ce_grad_sq", "distill_grad_sq")
 
 @dataclass
@@ -136,8 +137,9 @@ class LossParts:
         if name in SUMS: return self.sums[SUMS.index(name)]
         raise AttributeError(name)
 
-# %% ../nbs/04_losses.ipynb #c036
-def _sums(ce:Tensor, total:Tensor, distill:Tensor=None, values:Tensor=None, logz:Tensor=None, targets:Targets=None, cfg:LossConfig=None, grads:tuple=None)->Tensor:
+# %% ../nbs/04_losses.ipynb #c037
+def _sums(ce:Tensor, total:Tensor, distill:Tensor=None, values:Tensor=None, logz:Tensor=None, targets:Targets=None, cfg:LossConfig=None,
+    grads:tuple=None)->Tensor:
     "The vector of `SUMS` of some positions; `grads`: the two gradients at the hidden states, where they were asked for."
     out = dict(total=total.sum(), ce=ce.sum(), positions=len(ce))
     if targets is not None:
@@ -146,11 +148,11 @@ def _sums(ce:Tensor, total:Tensor, distill:Tensor=None, values:Tensor=None, logz
         out |= dict(distill=distill.sum(), distilled=len(ce), mse=mse(values, t).sum(), shift=(values-t).mean(-1).square().sum(),
             topk_mass=mass(t, lz), student_topk_mass=mass(values, logz))
     if grads: out |= dict(diagnosed=len(ce), ce_grad_sq=_square(grads[0]), distill_grad_sq=_square(grads[1]))
-    return torch.stack([torch.as_tensor(out.get(k, 0), dtype=ce.dtype, device=ce.device).detach() for k in SUMS])
+    return torch.stack([x.detach().to(ce.dtype) if torch.is_tensor(x) else ce.new_full((), x, requires_grad=False) for x in (out.get(k, 0.) for k in SUMS)])
 
 def _square(x:Optional[Tensor])->Tensor|float: return 0. if x is None else x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
 
-# %% ../nbs/04_losses.ipynb #c037
+# %% ../nbs/04_losses.ipynb #c038
 def loss_metrics(sums:Tensor)->dict[str, float]: # per answer token
     "Numbers to log from a (summed) vector of `SUMS`; what was not computed is absent."
     x = dict(zip(SUMS, sums.tolist()))
@@ -164,14 +166,14 @@ def loss_metrics(sums:Tensor)->dict[str, float]: # per answer token
     if ng and nd: out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"])/ng
     return out
 
-# %% ../nbs/04_losses.ipynb #c039
+# %% ../nbs/04_losses.ipynb #c040
 def _check(hidden:Tensor, labels:Tensor, targets:Optional[Targets], cfg:LossConfig):
     check_loss(cfg)
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or (targets is not None and len(targets) != len(labels)):
         raise InputError(f"one label (and one row of targets) is needed for each answer position: hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}"
             +(f", targets {tuple(targets.values.shape)}" if targets is not None else ""))
 
-# %% ../nbs/04_losses.ipynb #c040
+# %% ../nbs/04_losses.ipynb #c041
 def plain_loss(
     hidden:Tensor,              # (A,D) the states that predict the answer tokens
     labels:Tensor,              # (A,) gold tokens
@@ -192,11 +194,11 @@ def plain_loss(
         total, parts = ce+cfg.weight*distill, (distill, values, logz, targets, cfg)
     grads = None
     if diagnose and total.requires_grad:
-        norm_of = lambda x: torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0]
-        grads = norm_of(ce), norm_of(cfg.weight*distill) if parts else None
+        grad_of = lambda x: torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0]
+        grads = grad_of(ce), grad_of(cfg.weight*distill) if parts else None
     return LossParts(total.sum(), _sums(ce, total, *parts, grads=grads))
 
-# %% ../nbs/04_losses.ipynb #c045
+# %% ../nbs/04_losses.ipynb #c046
 def _leaf_grads(values:Tensor, logz:Tensor, targets:Targets, cfg:LossConfig, grad:bool)->tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     "The distillation term (a,), and the gradients of λ times it: d/d values (a,K), d/d logz (a,) or None where it does not depend on it."
     if not grad or not cfg.weight: return distill_loss(values, logz, targets, cfg), None, None
@@ -206,7 +208,7 @@ def _leaf_grads(values:Tensor, logz:Tensor, targets:Targets, cfg:LossConfig, gra
         ds, dz = torch.autograd.grad(cfg.weight*d.sum(), (s, z), allow_unused=True)
     return d.detach(), ds, dz
 
-# %% ../nbs/04_losses.ipynb #c047
+# %% ../nbs/04_losses.ipynb #c048
 def _exp_(x:Tensor)->tuple[Tensor, Tensor, Tensor]:
     "In place: `x` (a,V) becomes exp(x-max). Returns it, its sum (a,), and the log-partition (a,)."
     m = x.amax(-1, keepdim=True)
@@ -225,15 +227,14 @@ def _logit_grads(x:Tensor, labels:Tensor, targets:Optional[Targets], cfg:LossCon
         d, ds, dz = _leaf_grads(values, logz_T, targets, cfg, grad)
         total, parts = ce+cfg.weight*d, (d, values, logz_T, targets, cfg)
     if not grad: return [], (ce, total, *parts)
-    row = 1/Z if dz is None else (1/Z, dz/(ZT*T))
-    G = None  # the distillation's gradient, where it needs a matrix of its own
-    if ds is not None and (apart or hot is not None): G = torch.zeros_like(Q) if dz is None else Q*row[1][:, None]
-    if dz is not None: row = row[0] if G is not None else row[0]+row[1]
-    P.mul_(row[:, None]).scatter_add_(1, y, torch.full_like(y, -1, dtype=P.dtype))
-    if ds is not None: (P if G is None else G).scatter_add_(1, ids, ds)
-    return ([P] if G is None else [P, G] if apart else [P.add_(G)]), (ce, total, *parts)
+    every, also = 1/Z[:, None], 0. if dz is None else (dz/(ZT*T))[:, None]       # what CE and distillation want of every logit, per exp(x-max)
+    own = ds is not None and (apart or hot is not None)                          # does the distillation's gradient need a matrix of its own?
+    G = Q*also if own else P
+    P.mul_(every if own else every+also).scatter_add_(1, y, torch.full_like(y, -1, dtype=P.dtype))
+    if ds is not None: G.scatter_add_(1, ids, ds)
+    return ([P] if not own else [P, G] if apart else [P.add_(G)]), (ce, total, *parts)
 
-# %% ../nbs/04_losses.ipynb #c050
+# %% ../nbs/04_losses.ipynb #c051
 def _logits_into(head:Head, hidden:Tensor, out:Tensor)->Tensor: # (a,D) -> (a,V)
     "As `head(hidden)`, written to the first rows of a buffer."
     out = out[:len(hidden)]
@@ -250,7 +251,7 @@ def _hidden_grad(head:Head, dx:Tensor, slope:Tensor|float, buffer:Tensor)->Tenso
     if torch.is_tensor(slope) or slope != 1.0: dx.mul_(slope)
     return torch.mm(dx if dx.dtype == buffer.dtype else buffer[:len(dx)].copy_(dx), head.weight)
 
-# %% ../nbs/04_losses.ipynb #c051
+# %% ../nbs/04_losses.ipynb #c052
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, labels, targets, head, cfg, grad, diagnose):
@@ -276,7 +277,7 @@ class _ChunkedLoss(torch.autograd.Function):
         dh, = ctx.saved_tensors
         return ((dh.to(g.dtype)*g).to(dh.dtype), *[None]*6)
 
-# %% ../nbs/04_losses.ipynb #c053
+# %% ../nbs/04_losses.ipynb #c054
 def chunked_loss(
     hidden:Tensor,              # (A,D) the states that predict the answer tokens
     labels:Tensor,              # (A,) gold tokens

@@ -7,7 +7,7 @@ __all__ = ['Example', 'extract_strict', 'extract_flexible', 'normalise', 'Score'
            'split_dev', 'word_problem', 'load_task']
 
 # %% ../nbs/01_tasks.ipynb #c003
-import json, math, random, re
+import hashlib, json, random, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,10 +77,12 @@ class Task:
     def _find(self, text:str)->Optional[str]:
         if self.extract == "exact": return text.strip()
         m = re.search(self.regex, text)
-        return m and (m[1] if m.re.groups else m[0]).strip()
+        found = m and (m[1] if m.re.groups else m[0])
+        return None if found is None else found.strip()
 
 # %% ../nbs/01_tasks.ipynb #c013
 def _no_constants(name): raise ValueError(f"{name} is not a JSON value")
+class _Number(str): "A number as it is written: 1.50 stays 1.50."
 def _unique(pairs):
     if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]: raise ValueError(f"key {twice[0]!r} stands twice")
     return dict(pairs)
@@ -100,7 +102,7 @@ def read_jsonl(
     for number, line in enumerate(lines, 1):
         if not line.strip(): continue
         where = f"{path}, line {number}"
-        try: row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constants)
+        try: row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constants, parse_int=_Number, parse_float=_Number)
         except (ValueError, RecursionError) as e: raise InputError(f"{where}: not JSON ({e})") from e
         if not isinstance(row, dict): raise InputError(f"{where}: expected an object with {question_field!r} and {answer_field!r}, found {type(row).__name__}")
         out.append(Example(f"{prefix}-{len(out)}", *(_text(row, f, where) for f in (question_field, answer_field))))
@@ -109,10 +111,10 @@ def read_jsonl(
 
 # %% ../nbs/01_tasks.ipynb #c014
 def _text(row:dict, name:str, where:str)->str:
-    "One field of a row as text; numbers are written out."
+    "One field of a row as text; a number stands as it is written."
     if name not in row: raise InputError(f"{where}: no field {name!r}; it has {', '.join(map(repr, row)) or 'none'} (see task.question_field and task.answer_field)")
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)): raise InputError(f"{where}: field {name!r} must be a text or a number, not {type(value).__name__}")
+    if not isinstance(value, str): raise InputError(f"{where}: field {name!r} must be a text or a number, not {type(value).__name__}")
     value = str(value)
     try: value.encode("utf-8")
     except UnicodeEncodeError as e: raise InputError(f"{where}: field {name!r} holds half of a character (a lone surrogate) and cannot be encoded") from e
@@ -195,19 +197,25 @@ def word_problem(n_steps:int, rng:random.Random)->tuple[str, str]: # question, a
     return f"{text}. {rng.choice(_ASK).format(**names)}", "\n".join(lines)+f"\n#### {value}"
 
 # %% ../nbs/01_tasks.ipynb #c030
+def _home(answer:str, seed:int)->str: # train, dev or test
+    "The one split in which problems with these worked lines may stand."
+    return (["train"]*6+["dev"]+["test"]*3)[int(hashlib.sha256(f"{seed}:{answer}".encode()).hexdigest(), 16) % 10]
+
+def _problems(split:str, n:int, steps:list[int], seed:int)->list[Example]:
+    "`n` problems of a split; the numbers of steps take turns."
+    rng, seen, out = random.Random(f"word_problems:{seed}:{split}"), set(), []
+    for i in range(n):
+        for attempt in range(10_000):
+            q, a = word_problem(steps[i % len(steps)], rng)
+            if q not in seen and _home(a, seed) == split: break
+        else: raise InputError(f"task: there are fewer than {n} different word problems for {split} with steps {steps}: ask for fewer, or for more steps")
+        seen.add(q); out.append(Example(f"{split}-{i}", q, a))
+    return out
+
 def _word_problems(cfg:TaskConfig)->Task:
     if not cfg.steps or not set(cfg.steps) <= {1, 2, 3}: raise InputError(f"task.steps is {cfg.steps}; it lists how many steps problems have: 1, 2, 3")
-    rng, seen, out = random.Random(f"word_problems:{cfg.seed}"), set(), []
     sizes = dict(train=cfg.n_train or 2000, dev=cfg.n_dev or 50, test=cfg.n_test or 300)
-    for i in range(sum(sizes.values())):
-        for attempt in range(1000):
-            q, a = word_problem(cfg.steps[i % len(cfg.steps)], rng)
-            if a not in seen: break
-        else: raise InputError(f"task: there are fewer than {sum(sizes.values())} different word problems with steps {cfg.steps}: ask for fewer, or for more steps")
-        seen.add(a); out.append((q, a))
-    random.Random(f"order:{cfg.seed}").shuffle(out)
-    take = iter(out)
-    split = {s: [Example(f"{s}-{i}", *next(take)) for i in range(n)] for s, n in sizes.items()}
+    split = {s: _problems(s, n, cfg.steps, cfg.seed) for s, n in sizes.items()}
     return Task("word_problems", split["train"], split["dev"], {"test": split["test"]})
 
 # %% ../nbs/01_tasks.ipynb #c033
@@ -225,7 +233,9 @@ def _jsonl(cfg:TaskConfig)->Task:
 
 def load_task(cfg:TaskConfig)->Task:
     "The task of a config, checked for leaks and for gold answers that the rule cannot read."
-    task = dict(gsm8k=_gsm8k, word_problems=_word_problems, jsonl=_jsonl)[cfg.name](cfg)
+    kinds = dict(gsm8k=_gsm8k, word_problems=_word_problems, jsonl=_jsonl)
+    if cfg.name not in kinds: raise InputError(f"task.name is {cfg.name!r}; it must be one of {', '.join(kinds)}")
+    task = kinds[cfg.name](cfg)
     for name, path in cfg.test_sets.items():
         if name in ("test", "dev", "train"): raise InputError(f"task.test_sets: {name!r} is taken; choose another name")
         task.tests[name] = read_jsonl(path, name, cfg.question_field, cfg.answer_field)

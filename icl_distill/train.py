@@ -115,14 +115,14 @@ def backward_step(
 
 def _nothing(student): return sum(p.sum() for p in student.parameters() if p.requires_grad)*0
 
-# %% ../nbs/07_train.ipynb #c021
+# %% ../nbs/07_train.ipynb #c022
 def lr_factor(step:int, cfg)->float: # of `train.lr`, at optimiser step `step` counted from 0
     "Linear warm-up, then constant, linear to zero, or cosine to zero."
     if step < cfg.warmup_steps: return (step+1)/cfg.warmup_steps
     done = (step-cfg.warmup_steps)/max(1, cfg.steps-cfg.warmup_steps)
     return dict(constant=1., linear=1-done, cosine=0.5*(1+math.cos(math.pi*done)))[cfg.schedule]
 
-# %% ../nbs/07_train.ipynb #c024
+# %% ../nbs/07_train.ipynb #c026
 def checkpoints_of(run)->list[Path]: # oldest first
     "The complete checkpoints of a run's folder. Others are passed over with a warning."
     out = []
@@ -143,7 +143,7 @@ def _set_random_state(s:dict):
     random.setstate((s["python"][0], tuple(s["python"][1]), s["python"][2]))
     np.random.set_state(("MT19937", s["numpy"][0].numpy().astype(np.uint32), *s["numpy"][1:]))
 
-# %% ../nbs/07_train.ipynb #c026
+# %% ../nbs/07_train.ipynb #c028
 def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums, accelerator, base_hash:str)->Path:
     "Write `checkpoints/step_NNNNNN`, whole or not at all. Raises `InputError` where the disk is full; what was there before stays."
     final = run/"checkpoints"/f"step_{step:06d}"
@@ -171,7 +171,7 @@ def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums,
     accelerator.wait_for_everyone()
     return final
 
-# %% ../nbs/07_train.ipynb #c028
+# %% ../nbs/07_train.ipynb #c030
 _FREE = ("run", "evaluate.", "train.resume", "train.tracker", "train.save_total_limit", "teacher.memory", "teacher.folder")
 
 def load_state(folder:Path, cfg:Config, model, optimizer, accelerator, base_hash:str)->tuple[int, torch.Tensor]: # step, sums not yet logged
@@ -189,7 +189,7 @@ def load_state(folder:Path, cfg:Config, model, optimizer, accelerator, base_hash
     _set_random_state(torch.load(folder/f"random_{accelerator.process_index}.pt", weights_only=True))
     return info["step"], state["sums"]
 
-# %% ../nbs/07_train.ipynb #c030
+# %% ../nbs/07_train.ipynb #c032
 def _cut_metrics(path:Path, step:int):
     "Drop the lines of steps after `step` (and a last line that was cut short)."
     if not path.exists(): return
@@ -214,7 +214,7 @@ class _Stop:
     def __exit__(self, *_):
         for s, h in self.old.items(): signal.signal(s, h)
 
-# %% ../nbs/07_train.ipynb #c031
+# %% ../nbs/07_train.ipynb #c033
 def _guard(loss:float, norm:float, step:int, micro:list, run:Path, rank:int):
     "Stop at a loss or gradient that is not a number; the batch is kept for inspection."
     if math.isfinite(loss) and math.isfinite(norm): return
@@ -223,7 +223,7 @@ def _guard(loss:float, norm:float, step:int, micro:list, run:Path, rank:int):
     raise InputError(f"step {step}: the loss is {loss} and the gradient's norm {norm}. The examples of this step, {[a.id for m in micro for a in m][:8]}…, are in {path}. "
                      f"A lower train.lr, a longer warm-up or dtype bfloat16/float32 may help; the last checkpoint is as it was")
 
-# %% ../nbs/07_train.ipynb #c033
+# %% ../nbs/07_train.ipynb #c035
 def _memory(cfg:Config, base_hash:str, run:Path)->Optional[Memory]:
     if cfg.teacher.memory == "off": return None
     mark = f"{base_hash} {cfg.model.dtype} {cfg.train.mixed_precision} {cfg.teacher.top_k} {cfg.loss.temperature}"
@@ -240,7 +240,7 @@ def _optimizer(model, cfg:Config):
     params = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=params[0].is_cuda)
 
-# %% ../nbs/07_train.ipynb #c034
+# %% ../nbs/07_train.ipynb #c036
 def train(
     cfg:Config,             # the run
     model=None, tok=None,   # an already loaded base model and tokenizer; default: loaded as `cfg.model` says
@@ -249,7 +249,6 @@ def train(
 )->Path: # the newest checkpoint
     "Train an adapter, or go on with it. Raises `InputError` for input that cannot be used; whatever was saved stays."
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
     check_loss(cfg.loss)
     if cfg.train.tracker not in (None, "tensorboard"): raise InputError(f"train.tracker is {cfg.train.tracker!r}; known is tensorboard")
     run, t = Path(cfg.run), cfg.train
@@ -266,51 +265,7 @@ def train(
     try: return _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress and main)
     finally: model.unload()
 
-# %% ../nbs/07_train.ipynb #c035
-def _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress)->Path:
-    from accelerate.utils import set_seed
-    t, main = cfg.train, accelerator.is_main_process
-    if t.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
-    head = frozen_head(model)
-    if head is None:
-        head = base_of(model).get_output_embeddings()
-        if main: print("the output head carries an adapter: the plain loss is used, with all logits at once")
-    teacher = Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes, _memory(cfg, base_hash, run)) if cfg.loss.weight else None
-    optimizer, step, sums = _optimizer(model, cfg), 0, torch.zeros(len(SUMS))
-    set_seed(cfg.seed, device_specific=True)
-    if done: step, sums = load_state(done[-1], cfg, model, optimizer, accelerator, base_hash)
-    if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
-    student, optimizer = accelerator.prepare(Student(torch.compile(model) if t.compile else model), optimizer)
-    if t.tracker: accelerator.init_trackers("tensorboard", {})
-    sums, last = sums.to(accelerator.device), done[-1] if done else None
-    size = t.batch_size*t.accumulation*accelerator.num_processes
-    model.train()
-    with _Stop() as stop, tqdm(total=t.steps, initial=step, desc="distillation" if teacher else "SFT", disable=not progress, unit="step") as bar:
-        while step < t.steps:
-            batch = [data.aligned[i] for i in step_indices(step, size, len(data.aligned), cfg.seed)]
-            micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
-            for group in optimizer.param_groups: group["lr"] = t.lr*lr_factor(step, t)
-            step += 1
-            now = _oom_hint(lambda: backward_step(student, teacher, head, micro, cfg, accelerator, tok.pad_token_id, diagnose=step % t.log_every == 0), micro)
-            norm = accelerator.clip_grad_norm_(student.parameters(), t.max_grad_norm)
-            _guard(now[0].item(), norm.item(), step, micro, run, accelerator.process_index)
-            optimizer.step(); optimizer.zero_grad()
-            sums += now
-            if step % t.log_every == 0 or step == t.steps:
-                row = dict(step=step, **loss_metrics(accelerator.reduce(sums, "sum")), grad_norm=norm.item(), lr=optimizer.param_groups[0]["lr"], n_answer_tokens=int(accelerator.reduce(sums, "sum")[SUMS.index("positions")]))
-                sums.zero_()
-                if main:
-                    with open(run/"metrics.jsonl", "a") as f: f.write(json.dumps(row)+"\n")
-                if t.tracker: accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", ce=f"{row['ce']:.3f}")
-            bar.update()
-            stopping = accelerator.reduce(torch.tensor(float(bool(stop.asked)), device=accelerator.device), "max").item() if accelerator.num_processes > 1 else bool(stop.asked)
-            if step % t.save_every == 0 or step == t.steps or stopping: last = save_checkpoint(run, step, cfg, model, tok, optimizer.optimizer, sums, accelerator, base_hash)
-            if stopping: print(f"stopped by {stop.asked or 'another process'} after step {step}; saved {last}; the same command goes on from there", file=sys.stderr); raise SystemExit(128+15)
-    if t.tracker: accelerator.end_training()
-    return last
-
-# %% ../nbs/07_train.ipynb #c036
+# %% ../nbs/07_train.ipynb #c037
 def _oom_hint(f, micro):
     "Call `f`; where the accelerator's memory runs out, say with which lengths and what to lower."
     try: return f()
@@ -319,7 +274,70 @@ def _oom_hint(f, micro):
         raise InputError(f"out of memory with {max(map(len, micro))} examples at once, the longest {longest.id!r}: {len(longest.student_ids)} tokens for the student, {len(longest.teacher_ids)} for the teacher. "
                          f"Lower train.batch_size (and raise train.accumulation by as much), or set train.gradient_checkpointing=true") from e
 
-# %% ../nbs/07_train.ipynb #c042
+# %% ../nbs/07_train.ipynb #c038
+def _parts(cfg:Config, run:Path, data:Data, model, tok, base_hash:str, main:bool):
+    "Head, teacher (None for SFT) and optimiser of a run."
+    t = cfg.train
+    if t.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
+    head = frozen_head(model)
+    if head is None:
+        head = base_of(model).get_output_embeddings()
+        if main: print("the output head carries an adapter: the plain loss is used, with all logits at once")
+    teacher = Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes, _memory(cfg, base_hash, run)) if cfg.loss.weight else None
+    return head, teacher, _optimizer(model, cfg)
+
+# %% ../nbs/07_train.ipynb #c039
+def _log(run:Path, step:int, sums, norm:float, lr:float, accelerator, bar):
+    "A line of metrics, and the same to tracker and bar; `sums` start again."
+    total = accelerator.reduce(sums, "sum")
+    row = dict(step=step, **loss_metrics(total), grad_norm=norm, lr=lr, n_answer_tokens=int(total[SUMS.index("positions")]))
+    sums.zero_()
+    if accelerator.is_main_process:
+        with open(run/"metrics.jsonl", "a") as f: f.write(json.dumps(row)+"\n")
+    accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+    bar.set_postfix(loss=f"{row['loss']:.3f}", ce=f"{row['ce']:.3f}")
+
+def _asked_to_stop(stop:_Stop, accelerator)->bool: # by a signal to any of the processes
+    if accelerator.num_processes == 1: return bool(stop.asked)
+    return bool(accelerator.reduce(torch.tensor(float(bool(stop.asked)), device=accelerator.device), "sum").item())
+
+# %% ../nbs/07_train.ipynb #c040
+def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:str, done:list, progress:bool)->Path:
+    "The loop."
+    from accelerate.utils import set_seed
+    t, main = cfg.train, accelerator.is_main_process
+    head, teacher, optimizer = _parts(cfg, run, data, model, tok, base_hash, main)
+    step, sums, last = 0, torch.zeros(len(SUMS)), done[-1] if done else None
+    set_seed(cfg.seed, device_specific=True)
+    if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash)
+    if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
+    student, optimizer = accelerator.prepare(Student(torch.compile(model) if t.compile else model), optimizer)
+    if t.tracker: accelerator.init_trackers("tensorboard", {})
+    sums, size = sums.to(accelerator.device), t.batch_size*t.accumulation*accelerator.num_processes
+    model.train()
+    with _Stop() as stop, tqdm(total=t.steps, initial=step, desc="distillation" if teacher else "SFT", disable=not progress, unit="step") as bar:
+        while step < t.steps:
+            batch = [data.aligned[i] for i in step_indices(step, size, len(data.aligned), cfg.seed)]
+            micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
+            for group in optimizer.param_groups: group["lr"] = t.lr*lr_factor(step, t)
+            step += 1
+            now = _oom_hint(lambda: backward_step(student, teacher, head, micro, cfg, accelerator, tok.pad_token_id, diagnose=step % t.log_every == 0), micro)
+            norm = accelerator.clip_grad_norm_(student.parameters(), t.max_grad_norm).item()
+            _guard(now[0].item(), norm, step, micro, run, accelerator.process_index)
+            optimizer.step(); optimizer.zero_grad()
+            sums += now
+            if step % t.log_every == 0 or step == t.steps: _log(run, step, sums, norm, optimizer.param_groups[0]["lr"], accelerator, bar)
+            bar.update()
+            stopping = _asked_to_stop(stop, accelerator)
+            if step % t.save_every == 0 or step == t.steps or stopping:
+                last = save_checkpoint(run, step, cfg, model, tok, optimizer.optimizer, sums, accelerator, base_hash)
+            if stopping and step < t.steps:
+                print(f"stopped by {stop.asked or 'another process'} after step {step}; saved {last}; the same command goes on from there", file=sys.stderr)
+                raise SystemExit(128+signal.SIGTERM)
+    if t.tracker: accelerator.end_training()
+    return last
+
+# %% ../nbs/07_train.ipynb #c047
 def main(argv:Optional[list[str]]=None):
     "Train from a config file and `key=value` overrides."
     p = argparse.ArgumentParser(prog="python -m icl_distill.train", description="Train a LoRA adapter by SFT (loss.weight=0) or few-shot distillation.",
@@ -329,6 +347,6 @@ def main(argv:Optional[list[str]]=None):
     args = p.parse_args(argv)
     with input_errors(): print(f"done: {train(load_config(args.config, args.overrides, 'train'))}")
 
-# %% ../nbs/07_train.ipynb #c043
+# %% ../nbs/07_train.ipynb #c048
 #| eval: false
 if __name__ == "__main__" and "__file__" in globals(): main()

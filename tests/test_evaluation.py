@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, to_yaml
-from icl_distill.evaluation import (Condition, Records, as_csv, base_condition, evaluate, find_checkpoints, find_conditions, load_report, make_prompts, markdown, pairs_of,
+from icl_distill.evaluation import (Condition, Records, as_csv, base_condition, evaluate, find_checkpoints, find_conditions, load_report, make_prompts,
+    markdown, pairs_of,
                                     report, selected, summary, table_rows, with_baseline)
 from icl_distill.generation import Completion, TransformersEngine
 from icl_distill.hub import InputError, load_tokenizer
@@ -31,8 +32,10 @@ def write_set(path, kind, n):
 @pytest.fixture
 def cfg(tmp_path):
     f = {k: write_set(tmp_path/f"{k}.jsonl", k, n) for k, n in dict(train=30, dev=12, test=20, hard=6).items()}
-    return Config(model=ModelConfig(name=NAME, dtype="float32"), task=TaskConfig(name="jsonl", path=f["train"], dev_path=f["dev"], test_path=f["test"], test_sets={"hard": f["hard"]}),
-        prompt=PromptConfig(template="plain"), context=ContextConfig(n_shots=3), evaluate=EvaluateConfig(max_new_tokens=12, engine="transformers"), run=str(tmp_path/"run"))
+    return Config(model=ModelConfig(name=NAME, dtype="float32"), task=TaskConfig(name="jsonl", path=f["train"], dev_path=f["dev"], test_path=f["test"],
+        test_sets={"hard": f["hard"]}),
+        prompt=PromptConfig(template="plain"), context=ContextConfig(n_shots=3), evaluate=EvaluateConfig(max_new_tokens=12,
+            engine="transformers"), run=str(tmp_path/"run"))
 
 class Fake:
     "Answers item i rightly where right(arm, i); can be stopped after so many answers."
@@ -77,7 +80,8 @@ def test_results_and_files(cfg, tok):
     assert (p["a"], p["b"], p["n"]) == ("few_shot", "zero_shot", 20) and p["difference"] == pytest.approx(.35) and p["p_mcnemar"] == mcnemar_exact(a, b)
     assert {p["set"] for p in res["paired"]} == {"test", "hard"}
     row = items(folder/"records"/"zero_shot.jsonl")[0]
-    assert set(row) == {"id", "condition", "set", "prompt_hash", "n_prompt_tokens", "text", "strict", "flexible", "gold", "correct", "correct_flexible", "n_tokens", "truncated"}
+    assert set(row) == {"id", "condition", "set", "prompt_hash", "n_prompt_tokens", "text", "strict", "flexible", "gold", "correct", "correct_flexible",
+        "n_tokens", "truncated"}
     assert "| few_shot | 20 | 85.0 %" in markdown(res) and "hard" in markdown(res) and as_csv(res).count("\n") == 5
     assert (folder/"results.md").read_text() == markdown(res) and not list(folder.glob(".*"))
 
@@ -90,7 +94,8 @@ def test_the_same_call_asks_nothing_again(cfg, tok):
 def test_interrupted_anywhere(tok, tmp_path_factory, cuts, torn):
     tmp = tmp_path_factory.mktemp("cut")
     f = {k: write_set(tmp/f"{k}.jsonl", k, n) for k, n in dict(train=8, test=10).items()}
-    cfg = Config(model=ModelConfig(name=NAME), task=TaskConfig(name="jsonl", path=f["train"], test_path=f["test"], n_dev=2), prompt=PromptConfig(template="plain"),
+    cfg = Config(model=ModelConfig(name=NAME), task=TaskConfig(name="jsonl", path=f["train"], test_path=f["test"], n_dev=2),
+        prompt=PromptConfig(template="plain"),
         context=ContextConfig(n_shots=2), evaluate=EvaluateConfig(max_new_tokens=12), run=str(tmp/"run"))
     asked = []
     for c in cuts:
@@ -107,7 +112,8 @@ def test_interrupted_anywhere(tok, tmp_path_factory, cuts, torn):
         assert len(rows) == len({r["id"] for r in rows}) == 10 and res["conditions"][c]["accuracy"] == .5
     if not torn: assert len(set(asked+e.asked)) == len(asked+e.asked) == 20
 
-@pytest.mark.parametrize("change", [dict(evaluate=dict(max_new_tokens=13)), dict(prompt=dict(question_format="Q {question}")), dict(model=dict(dtype="bfloat16")), dict(evaluate=dict(n_samples=5)),
+@pytest.mark.parametrize("change", [dict(evaluate=dict(max_new_tokens=13)), dict(prompt=dict(question_format="Q {question}")),
+    dict(model=dict(dtype="bfloat16")), dict(evaluate=dict(n_samples=5)),
     dict(task=dict(extract="exact")), dict(prompt=dict(system="Be brief."))])
 def test_other_config_is_not_mixed_in(cfg, tok, change):
     with pytest.raises(KeyboardInterrupt): go(cfg, Fake(tok, stop_after=3))
@@ -133,7 +139,8 @@ def test_checkpoints(cfg, tok, tmp_path):
     c = on(cfg, checkpoints=fake_run(tmp_path/"trained"))
     res = go(c, Fake(tok, lambda arm, i: i < dict(zero_shot=3, few_shot=12, step_10=9, step_20=15)[arm]))
     assert list(res["conditions"]) == ["zero_shot", "few_shot", "step_10", "step_20"] and res["conditions"]["step_20"]["step"] == 20
-    assert {(p["a"], p["b"]) for p in res["paired"]} == {("few_shot", "zero_shot"), ("step_10", "zero_shot"), ("step_20", "zero_shot"), ("step_10", "few_shot"), ("step_20", "few_shot")}
+    assert {(p["a"], p["b"]) for p in res["paired"]} == {("few_shot", "zero_shot"), ("step_10", "zero_shot"), ("step_20", "zero_shot"), ("step_10",
+        "few_shot"), ("step_20", "few_shot")}
     assert res["selected"] is None and "No checkpoint is marked" in markdown(res)
     (tmp_path/"trained"/"checkpoints"/"step_000020"/"adapter_model.safetensors").write_text("trained on")
     with pytest.raises(InputError, match="step_20.jsonl.*adapter"): go(c, Fake(tok))
@@ -203,7 +210,8 @@ def test_conditions(cfg):
     with pytest.raises(InputError, match="expected zero_shot"): base_condition("many", cfg, train)
 
 def test_what_does_not_fit_is_named(cfg, tok):
-    with pytest.raises(InputError, match=r"item '.*' under condition 'few_shot'.*max_teacher_tokens"): go(replace(cfg, prompt=replace(cfg.prompt, max_teacher_tokens=60)), Fake(tok))
+    with pytest.raises(InputError, match=r"item '.*' under condition 'few_shot'.*max_teacher_tokens"): go(replace(cfg, prompt=replace(cfg.prompt,
+        max_teacher_tokens=60)), Fake(tok))
     with pytest.raises(InputError, match="what the model can read"): make_prompts(cfg, Prompter(tok, cfg.prompt), Condition("c"), load_task(cfg.task).dev, 20)
 
 def test_no_item_among_its_shots(cfg, tok):
@@ -223,11 +231,13 @@ def test_summary(right):
     assert s["accuracy"] == pytest.approx(sum(right)/len(right)) and s["truncated"] == pytest.approx(1-s["accuracy"]) and s["ci95"][0] <= s["accuracy"]+1e-12 <= s["ci95"][1]+2e-12
 
 def test_pairs():
-    assert pairs_of(["few_shot"]) == [] and pairs_of(["zero_shot", "sft", "few_shot", "x"]) == [("zero_shot", "sft"), ("few_shot", "sft"), ("x", "sft"), ("x", "few_shot")]
+    assert pairs_of(["few_shot"]) == [] and pairs_of(["zero_shot", "sft", "few_shot", "x"]) == [("zero_shot", "sft"), ("few_shot", "sft"), ("x", "sft"),
+        ("x", "few_shot")]
 
 def tiny(tok):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=512, initializer_range=.3, tie_word_embeddings=True)).eval()
 
 def test_with_a_real_model(cfg, tok, tmp_path):
@@ -235,7 +245,8 @@ def test_with_a_real_model(cfg, tok, tmp_path):
     tiny(tok).save_pretrained(tmp_path/"model"); tok.save_pretrained(tmp_path/"model")
     c = on(replace(cfg, model=ModelConfig(name=str(tmp_path/"model"), dtype="float32")), checkpoints=str(tmp_path/"r"), n_samples=6)
     fake_run(tmp_path/"r", (7,), base_hash=weights_hash(tiny(tok)))
-    get_peft_model(tiny(tok), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).save_pretrained(tmp_path/"r"/"checkpoints"/"step_000007")
+    get_peft_model(tiny(tok), LoraConfig(r=2, target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False)).save_pretrained(tmp_path/"r"/"checkpoints"/"step_000007")
     res = evaluate(c, progress=False)
     model = tiny(tok); engine = TransformersEngine(model, tok, Prompter(tok, c.prompt).stop_ids, 4)
     again = evaluate(on(c, output=str(tmp_path/"other"/"r.json")), engine=engine, progress=False)

@@ -10,7 +10,8 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Lla
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from icl_distill.config import Config, EvaluateConfig
-from icl_distill.generation import (RowsLayer, TransformersEngine, borrowed, check_applied, check_prompts, choose_engine, common_prefix, kv_bytes, left_pad, lora_rank,
+from icl_distill.generation import (RowsLayer, TransformersEngine, borrowed, check_applied, check_prompts, choose_engine, common_prefix, kv_bytes,
+    left_pad, lora_rank,
                                     open_engine, sees_all)
 from icl_distill.hub import InputError
 
@@ -29,7 +30,8 @@ def tiny(cls, config, seed=0, **kw):
 MODELS = dict(qwen3=(Qwen3ForCausalLM, Qwen3Config, {}), llama=(LlamaForCausalLM, LlamaConfig, {}), qwen2=(Qwen2ForCausalLM, Qwen2Config, {}),
     one_kv_head=(LlamaForCausalLM, LlamaConfig, dict(num_key_value_heads=1)), no_gqa=(Qwen3ForCausalLM, Qwen3Config, dict(num_key_value_heads=4)),
     mistral=(MistralForCausalLM, MistralConfig, dict(sliding_window=None)),
-    sliding=(MistralForCausalLM, MistralConfig, dict(sliding_window=7)), gemma2=(Gemma2ForCausalLM, Gemma2Config, dict(sliding_window=9, query_pre_attn_scalar=8)))
+    sliding=(MistralForCausalLM, MistralConfig, dict(sliding_window=7)), gemma2=(Gemma2ForCausalLM, Gemma2Config, dict(sliding_window=9,
+        query_pre_attn_scalar=8)))
 _made = {}
 def model_of(kind):
     if kind not in _made: _made[kind] = tiny(*MODELS[kind][:2], **MODELS[kind][2])
@@ -67,7 +69,8 @@ def test_equals_transformers(kind):
             assert c.text == " ".join(map(str, c.ids))
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 9), start=st.integers(0, 20), bs=st.integers(1, 9), new=st.integers(1, 12), kind=st.sampled_from(["qwen3", "llama"]))
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 9), start=st.integers(0, 20), bs=st.integers(1, 9), new=st.integers(1, 12),
+    kind=st.sampled_from(["qwen3", "llama"]))
 def test_any_prompts(seed, n, start, bs, new, kind):
     model, prompts = model_of(kind), prompts_of(seed, n, start)
     stop = [seed%V, (seed+7)%V]
