@@ -121,7 +121,7 @@ def _text(row:dict, name:str, where:str)->str:
     if not value.strip(): raise InputError(f"{where}: field {name!r} is empty")
     return value
 
-# %% ../nbs/01_tasks.ipynb #c017
+# %% ../nbs/01_tasks.ipynb #c018
 def check_leaks(task:Task):
     "Raises `InputError` where a dev or test question is also in train, or a test question in dev."
     fold = lambda e: " ".join(e.question.split())
@@ -133,7 +133,7 @@ def check_leaks(task:Task):
                 raise InputError(f"task {task.name!r}: {name} example {e.id!r} asks the same as {other[0]} example {other[1]!r} ({e.question[:60]!r}): a leak")
         for e in examples: seen.setdefault(fold(e), (name, e.id))
 
-# %% ../nbs/01_tasks.ipynb #c018
+# %% ../nbs/01_tasks.ipynb #c019
 def split_dev(train:list[Example], n_dev:int, seed:int)->tuple[list[Example], list[Example]]: # train, dev
     "`n_dev` examples drawn out of train by a seed. Questions that occur more than once stay in train."
     fold = lambda e: " ".join(e.question.split())
@@ -148,7 +148,7 @@ def _first(examples:list[Example], n:Optional[int], name:str)->list[Example]:
     if n is not None and n > len(examples): raise InputError(f"task.{name} is {n}, but there are only {len(examples)} examples")
     return examples[:n]
 
-# %% ../nbs/01_tasks.ipynb #c021
+# %% ../nbs/01_tasks.ipynb #c022
 def _gsm8k(cfg:TaskConfig)->Task:
     path = cfg.path or "openai/gsm8k"
     if Path(path).is_dir(): splits = [read_jsonl(Path(path)/f"{s}.jsonl", s) for s in ("train", "test")]
@@ -164,20 +164,20 @@ def _gsm8k_hub(path:str)->list[list[Example]]:
     except Exception as e: raise InputError(f"task.path {path!r} could not be loaded from the hub ({type(e).__name__}: {str(e).splitlines()[0]}); a local folder with train.jsonl and test.jsonl works too") from e
     return [[Example(f"{s}-{i}", r["question"], r["answer"]) for i, r in enumerate(data[s])] for s in ("train", "test")]
 
-# %% ../nbs/01_tasks.ipynb #c024
+# %% ../nbs/01_tasks.ipynb #c025
 _NAMES = "Tom Anna Ben Lucy Sam Mia Omar Nina Leo Ruth Ivan Zoe Carl Emma Hugo Lily Noah Sara Theo Vera".split()
 _THINGS = "apples books pens coins cards shells stamps beads marbles stickers nuts keys cups lemons rocks plums".split()
 # question; steps as (left, operation, right), where a letter is a drawn number and 'r' the step before; a sentence per step is added to the question
 _START = [("{n} has {a} {t}", "a"), ("{n} finds {a} {t}", "a"), ("{n} starts with {a} {t}", "a"), ("There are {a} {t} on {n}'s table", "a"), ("{n} owns {a} {t}", "a"), ("{n} counts {a} {t}", "a")]
-_STEPS = [("{n} buys {b} more", "+"), ("{n} gets {b} more from a friend", "+"), ("then {b} more are added", "+"), ("{n} gives away {b}", "-"), ("{n} loses {b}", "-"), ("{n} sells {b}", "-"),
-          ("then the number grows to {b} times as many", "*"), ("{n} fills {b} boxes with that many each", "*"), ("{n} shares all of them equally among {b} bags and keeps one bag", "/"), ("{n} keeps only one of {b} equal parts", "/")]
-_ASK = ["How many {t} does {n} have now?", "How many {t} is that in the end?", "What is the number of {t} now?"]
+_STEPS = [("{n} buys {b} more", "+"), ("{n} gets {b} more from a friend", "+"), ("{n} then makes {b} more", "+"), ("{n} gives away {b}", "-"), ("{n} loses {b}", "-"), ("{n} sells {b}", "-"),
+          ("{n} then gets {b} times as many", "*"), ("{n} multiplies the number by {b}", "*"), ("{n} divides them equally into {b} bags and keeps one bag", "/"), ("{n} divides the number by {b}", "/")]
+_ASK = ["How many {t} does {n} have now?", "How many {t} does {n} have in the end?"]
 _OPS = {"+": lambda x, y: x+y, "-": lambda x, y: x-y, "*": lambda x, y: x*y, "/": lambda x, y: x//y}
 
-# %% ../nbs/01_tasks.ipynb #c025
+# %% ../nbs/01_tasks.ipynb #c026
 def _step(value:int, op:str, rng)->Optional[int]: # the second number, or None where there is none that fits
-    "A number for a step, such that the result is a whole number from 1 to 999."
-    fits = {"+": range(2, 60), "-": range(2, min(60, value)), "*": range(2, min(12, 999//value)+1), "/": [d for d in range(2, 13) if value % d == 0 and d < value]}[op]
+    "A number for a step, such that the result is a whole number from 1 up."
+    fits = {"+": range(2, 60), "-": range(2, min(60, value)), "*": range(2, min(12, 150//value)+1), "/": [d for d in range(2, 13) if value % d == 0 and d < value]}[op]
     return rng.choice(fits) if len(fits) else None
 
 def word_problem(n_steps:int, rng:random.Random)->tuple[str, str]: # question, answer
@@ -196,7 +196,7 @@ def word_problem(n_steps:int, rng:random.Random)->tuple[str, str]: # question, a
     text = ". ".join(s[0].upper()+s[1:] for s in sentences)
     return f"{text}. {rng.choice(_ASK).format(**names)}", "\n".join(lines)+f"\n#### {value}"
 
-# %% ../nbs/01_tasks.ipynb #c030
+# %% ../nbs/01_tasks.ipynb #c031
 def _home(answer:str, seed:int)->str: # train, dev or test
     "The one split in which problems with these worked lines may stand."
     return (["train"]*6+["dev"]+["test"]*3)[int(hashlib.sha256(f"{seed}:{answer}".encode()).hexdigest(), 16) % 10]
@@ -218,7 +218,7 @@ def _word_problems(cfg:TaskConfig)->Task:
     split = {s: _problems(s, n, cfg.steps, cfg.seed) for s, n in sizes.items()}
     return Task("word_problems", split["train"], split["dev"], {"test": split["test"]})
 
-# %% ../nbs/01_tasks.ipynb #c033
+# %% ../nbs/01_tasks.ipynb #c034
 def _jsonl(cfg:TaskConfig)->Task:
     missing = [f"task.{n}" for n in ("path", "test_path") if not getattr(cfg, n)]
     if missing: raise InputError(f"task.name is 'jsonl': {' and '.join(missing)} must name a file")

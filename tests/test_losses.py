@@ -12,6 +12,13 @@ from icl_distill.config import LossConfig
 from icl_distill.hub import InputError
 from icl_distill.losses import KINDS, SUMS, Head, Targets, centred_mse, chunked_loss, distill_loss, loss_metrics, mse, plain_loss, topk_targets
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    "These tensors are tiny: on a busy machine, waiting for a second thread takes most of the time."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 quick = settings(max_examples=30, deadline=None)
 
 def _head(g, V, D, bias, scale, softcap, dtype=torch.float64):
