@@ -50,7 +50,7 @@ def align(
     except InputError as e: raise type(e)(f"example {example.id!r}: {e}") from e
     return Aligned(example.id, s_prompt+s_answer, t_prompt+t_answer, len(s_answer), context.key)
 
-# %% ../nbs/03_alignment.ipynb #c011
+# %% ../nbs/03_alignment.ipynb #c012
 @dataclass
 class Packed:
     "A padded batch of B sequences of up to T tokens, and its A answer positions."
@@ -63,7 +63,7 @@ class Packed:
 
     def to(self, device)->"Packed": return Packed(**{k: v.to(device) for k, v in vars(self).items()})
 
-# %% ../nbs/03_alignment.ipynb #c012
+# %% ../nbs/03_alignment.ipynb #c013
 def pack(
     sequences:list[list[int]], # token ids, each ending in its answer
     n_answers:list[int],       # how many of its last tokens are the answer
@@ -82,7 +82,7 @@ def pack(
     position_ids = (mask.cumsum(1)-1).clamp(min=0)
     return Packed(ids, mask, position_ids, *map(torch.tensor, (rows, cols, labels)))
 
-# %% ../nbs/03_alignment.ipynb #c020
+# %% ../nbs/03_alignment.ipynb #c022
 def align_rows(
     tok,                # the tokenizer
     al:Aligned,         # one example

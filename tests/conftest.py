@@ -1,7 +1,23 @@
 import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None) # same examples everywhere; no clock in a verdict
 settings.load_profile("project")
+
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; runs with --slow only")
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"): item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if item.get_closest_marker("cuda") and not _cuda(): item.add_marker(pytest.mark.skip(reason="cuda: there is no GPU here"))
+
+def _cuda():
+    import torch
+    return torch.cuda.is_available()
