@@ -22,6 +22,7 @@ def readme()->str:
     body, resources = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), as_version=4))
     if resources["outputs"]: sys.exit("nbs/index.ipynb: an output is an image; save it as a file and link to it")
     body = re.sub(r"\A\s*---\n.*?\n---\n", "", body, flags=re.DOTALL).replace(warning, "")
+    body = re.sub(r"^```[^\n]*\n#\| echo: false\n.*?^```\n", "", body, flags=re.DOTALL|re.MULTILINE) # as Quarto does
     parts = re.split(r"(^```.*?^```$|^    .*$|`[^`\n]+`)", body, flags=re.DOTALL|re.MULTILINE) # code and outputs at odd places
     body = "".join(p if i%2 else re.sub(r"(\]\()([^)\s]+)(\))", _link, p) for i, p in enumerate(parts))
     body = re.sub(r"[ \t]+$", "", body, flags=re.MULTILINE)

@@ -24,7 +24,8 @@ Over = Annotated[Optional[list[str]], typer.Argument(help="what should differ fr
 
 def _command(example:str):
     "A command with an example at the end of its help."
-    return app.command(epilog=f"Example: {example}")
+    from rich.markup import escape
+    return app.command(epilog=f"Example: {escape(example)}")
 
 # %% ../nbs/12_cli.ipynb #c006
 def run_quickstart(
@@ -32,19 +33,22 @@ def run_quickstart(
     progress:bool=True, # bars
 )->dict: # the results
     "0-shot, few-shot, SFT and SFT + distillation, evaluated on the same test items; results and figures in the run's folder."
-    from icl_distill.evaluation import Condition, base_condition, evaluate
+    from icl_distill.evaluation import Condition, base_condition, evaluate, item_sets, make_prompts
     from icl_distill.generation import TransformersEngine
     from icl_distill.hub import load_tokenizer
     from icl_distill.models import load_model
     from icl_distill.prompts import Prompter
     from icl_distill.tasks import load_task
-    from icl_distill.train import train
+    from icl_distill.train import prepare, train
     out = Path(cfg.run)
     task, tok = load_task(cfg.task), load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     prompter, model = Prompter(tok, cfg.prompt), load_model(cfg.model)
     arms = dict(sft=0., distill=cfg.loss.weight)
     if not cfg.loss.weight: raise InputError("loss.weight is 0: there would be nothing to compare with SFT")
     conditions = [base_condition(n, cfg, task.train) for n in ("zero_shot", "few_shot")]
+    prepare(cfg, task, prompter)  # what cannot be trained on or asked is known before anything is trained
+    for c in conditions:
+        for items in item_sets(cfg, task).values(): make_prompts(cfg, prompter, c, items, model.config.max_position_embeddings)
     for name, weight in arms.items():
         folder = train(replace(cfg, loss=replace(cfg.loss, weight=weight), run=str(out/name)), model, tok, task, progress)
         conditions.append(Condition(name, checkpoint=str(folder), step=cfg.train.steps))
@@ -144,6 +148,7 @@ def export_model(checkpoint, out, dtype:str=None):
     from icl_distill.hub import load_tokenizer
     checkpoint, out = Path(checkpoint), Path(out)
     info = read_checkpoint(checkpoint)
+    if dtype not in (None, "bfloat16", "float16", "float32"): raise InputError(f"--dtype {dtype}: it must be bfloat16, float16 or float32")
     if out.exists(): raise InputError(f"{out} exists already: choose another folder")
     cfg = load_config(str(checkpoint/"config.yaml"))
     base = load_model(replace(cfg.model, dtype=dtype or cfg.model.dtype))

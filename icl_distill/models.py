@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .alignment import Packed
@@ -84,6 +85,7 @@ def frozen_head(model:nn.Module)->Head | None: # None where the head carries an 
     ids = torch.arange(1, 5, device=lin.weight.device)[None]
     with adapter_off(model):
         ours, theirs = head(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state).float(), base(input_ids=ids, use_cache=False).logits.float()
+    if not theirs.isfinite().all(): raise InputError("the base model's logits are not finite numbers (NaN or inf): its weights are damaged, or do not fit the dtype")
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2*theirs.abs().max().item()):
         raise InputError(f"{type(base).__name__} does something to its logits that is not known here: its output head cannot be used apart from it")
     return head
@@ -112,8 +114,12 @@ def read_checkpoint(folder, base_hash:str=None)->dict: # the contents of checkpo
     needed = ("checkpoint.json", "adapter_config.json", "adapter_model.safetensors")
     if not folder.is_dir(): raise InputError(f"checkpoint {str(folder)!r}: no such folder")
     if missing := [n for n in needed if not (folder/n).is_file()]: raise InputError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(missing)} missing")
-    try: info = json.loads((folder/"checkpoint.json").read_text())
-    except ValueError as e: raise InputError(f"checkpoint {str(folder)!r}: checkpoint.json is damaged ({e})") from e
+    try:
+        info = json.loads((folder/"checkpoint.json").read_text())
+        if missing := [k for k in ("step", "base_model", "base_hash") if k not in info]: raise ValueError(f"checkpoint.json lacks {', '.join(missing)}")
+        json.loads((folder/"adapter_config.json").read_text())
+        with safe_open(folder/"adapter_model.safetensors", "pt") as f: f.keys()
+    except (ValueError, TypeError, SafetensorError) as e: raise InputError(f"checkpoint {str(folder)!r} is damaged: {e}") from e
     if base_hash and info["base_hash"] != base_hash:
         raise InputError(f"checkpoint {str(folder)!r} was trained on {info['base_model']!r} with weights {info['base_hash']}; the model given has weights {base_hash}")
     return info

@@ -4,7 +4,9 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
 from icl_distill.alignment import TooLong, align, align_rows, pack
@@ -32,6 +34,9 @@ def tokenizer(name):
     if name == "llama3":
         tok.add_special_tokens(dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"))
         tok.add_tokens(["<|start_header_id|>", "<|end_header_id|>"], special_tokens=True); tok.chat_template = LLAMA3
+    if name in ("qwen3", "llama3"): # both models split so that line breaks stay together before a word; SmolLM2's do not
+        split = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        tok.backend_tokenizer.pre_tokenizer = Sequence([Split(split, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
     if name in ("llama3", "plain_bos"): # both write a BOS of their own accord
         tok.backend_tokenizer.post_processor = TemplateProcessing(single=f"{tok.bos_token} $A", special_tokens=[(tok.bos_token, tok.bos_token_id)])
         assert tok("hi").input_ids[0] == tok.bos_token_id
@@ -134,6 +139,14 @@ PIECES = ["\u202eשלום", "مرحبا", "👩‍👩‍👧‍👦", "🇩🇪
 wild = st.lists(st.one_of(st.sampled_from(LITERALS), st.sampled_from(PIECES), st.text(max_size=6)), max_size=6).map("".join)
 tame = st.text(st.sampled_from("abcXYZ 0123456789.,+-=$?"), min_size=1, max_size=30).map(lambda s: "x"+s+"y")
 
+@cache
+def missing():
+    "Bytes that this tokenizer has no token for: it drops them without a word."
+    t = tokenizer("chatml"); have = {c for tok in t.get_vocab() for c in tok if len(tok) == 1}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    return {b for b, c in bytes_to_unicode().items() if c not in have}
+def lossless(s): return not missing() & set(s.encode())
+
 def check_brute(arm, al, context, e):
     "An aligned example against the definition: both strings as written, the control tokens the template's own, the same answer."
     neutral = Context(tuple(Example(s.id, "q", "a") for s in context.shots), "t" if context.text else None)
@@ -145,9 +158,9 @@ def check_brute(arm, al, context, e):
     assert n_control(arm, al.answer_ids) == 1 and n_control(arm, al.answer_ids[-1:]) == 1
 
 @pytest.mark.parametrize("arm", ARMS)
-@given(q=wild, a=wild, sq=wild, sa=wild, text=st.one_of(st.none(), wild), data=st.data())
-@settings(max_examples=60)
-def test_wild_texts(arm, q, a, sq, sa, text, data):
+@given(q=wild, a=wild, sq=wild, sa=wild, text=st.one_of(st.none(), wild))
+@settings(max_examples=40)
+def test_wild_texts(arm, q, a, sq, sa, text):
     "Any text is either encoded as the definition says, or refused by an `InputError` that names the example."
     e, context = Example("wild-7", q, a), Context((Example("s", sq, sa),), text)
     try: al = align(prompter(arm), context, e)
@@ -233,9 +246,14 @@ def test_template_that_depends_on_the_context():
     tok.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ '<|endoftext|>' if messages|length > 3 else '<|im_end|>' }}{% else %}{{ '<|im_start|>' }}{% endif %}{% endfor %}"
     with pytest.raises(InputError, match=r"(?s)'e9'.*im_end.*endoftext"): align(Prompter(tok, PromptConfig()), Context(SHOTS), Example("e9", "Why?", "So"))
 
+def test_tokens_across_the_border():
+    "A prompt whose last token changes when the answer follows (here: two line breaks) is refused, both ways of splitting shown."
+    tok = copy.deepcopy(tokenizer("chatml")); tok.add_tokens(["<think>", "</think>"]); tok.chat_template = QWEN3
+    with pytest.raises(InputError, match="'e9'.*not a prefix.*'ĊĊ'.*against.*'Ċ', 'Ċ'"): align(Prompter(tok, PromptConfig()), Context(SHOTS), Example("e9", "Why?", "So"))
+
 def test_template_that_drops_a_turn():
     tok = copy.deepcopy(tokenizer("chatml"))
-    tok.chat_template = "{% for m in messages[-2:] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    tok.chat_template = "{% for m in (messages if messages|length < 3 else messages[2:]) %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% else %}<|im_start|>{% endif %}{% endfor %}"
     with pytest.raises(InputError, match="'e9'.*did not render"): align(Prompter(tok, PromptConfig()), Context(SHOTS), Example("e9", "Why?", "So"))
 
 # ---- law 4: no leak
@@ -261,7 +279,7 @@ def test_no_leak(kind, questions, n, seed):
         assert len(c.shots) == (0 if kind in ("none", "text") else n) and len({s.id for s in c.shots}) == len(c.shots)
         if kind in ("fixed", "shuffled_answers"): assert e.id not in contexts.reserved
         if kind == "wrong_task": assert set(c.shots) <= set(WRONG_SHOTS)
-    if kind in ("fixed", "shuffled_answers"): assert contexts.reserved == {s.id for s in contexts.shared[0].shots} and len(contexts.reserved) == n
+    if kind in ("fixed", "shuffled_answers"): assert contexts.reserved == {e.id for e in train if e.question in {s.question for s in contexts.shared[0].shots}} and len(contexts.reserved) >= n
     else: assert not contexts.reserved
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABL
 small = ["task.n_train=30", "task.n_dev=5", "task.n_test=10", "context.n_shots=2", "teacher.top_k=16", "evaluate.max_new_tokens=12", "evaluate.batch_size=10"]
 two = ["train.steps=2", "train.save_every=2", "train.batch_size=4", "train.warmup_steps=0", "train.lr=0.01"]
 
+
 def shell(*args, cwd=None, timeout=300):
     return subprocess.run([command, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -255,4 +256,4 @@ def test_gsm8k_with_the_small_model(tmp_path):
     res = json.loads((tmp_path/"run"/"evaluation"/"results.json").read_text())
     assert list(res["conditions"]) == ["zero_shot", "few_shot", "step_20"] and all(c["n"] == 40 for c in res["conditions"].values())
     rows = [json.loads(l) for l in (tmp_path/"run"/"metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, 21)) and sum(r["ce"] for r in rows[-5:]) < sum(r["ce"] for r in rows[:5])
+    assert [r["step"] for r in rows] == list(range(1, 21)) and sum(r["loss"] for r in rows[-5:]) < sum(r["loss"] for r in rows[:5])
