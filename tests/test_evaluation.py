@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, to_yaml
@@ -56,10 +57,11 @@ class Fake:
 def lines(path): return [json.loads(l) for l in Path(path).read_text().splitlines()]
 def items(path): return [r for r in lines(path) if "id" in r]
 
+def fake_weights(about): return save({"x": torch.zeros(1)}, {"about": about})
 def fake_run(folder, steps=(10, 20), **info):
     for s in steps:
         d = Path(folder)/"checkpoints"/f"step_{s:06d}"; d.mkdir(parents=True)
-        (d/"adapter_config.json").write_text("{}"); (d/"adapter_model.safetensors").write_text(f"{folder} {s}")
+        (d/"adapter_config.json").write_text("{}"); (d/"adapter_model.safetensors").write_bytes(fake_weights(f"{folder} {s}"))
         (d/"checkpoint.json").write_text(json.dumps(dict(step=s, base_model=NAME, base_hash="h") | info))
     return str(folder)
 
@@ -142,7 +144,7 @@ def test_checkpoints(cfg, tok, tmp_path):
     assert {(p["a"], p["b"]) for p in res["paired"]} == {("few_shot", "zero_shot"), ("step_10", "zero_shot"), ("step_20", "zero_shot"), ("step_10",
         "few_shot"), ("step_20", "few_shot")}
     assert res["selected"] is None and "No checkpoint is marked" in markdown(res)
-    (tmp_path/"trained"/"checkpoints"/"step_000020"/"adapter_model.safetensors").write_text("trained on")
+    (tmp_path/"trained"/"checkpoints"/"step_000020"/"adapter_model.safetensors").write_bytes(fake_weights("trained on"))
     with pytest.raises(InputError, match="step_20.jsonl.*adapter"): go(c, Fake(tok))
 
 def test_idle_adapter(cfg, tok, tmp_path):
