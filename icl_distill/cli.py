@@ -174,4 +174,4 @@ def export(checkpoint:Annotated[Path, typer.Argument(help="a checkpoint's folder
 # %% ../nbs/12_cli.ipynb #c017
 def main():
     "The `icl-distill` command."
-    with input_errors(): app()
+    with input_errors(): app(prog_name="icl-distill")

@@ -48,11 +48,11 @@ def micro_batches(
     rank:int=0,           # this process
     world:int=1,          # processes
 )->list[list[Aligned]]:
-    "This process's micro-batches, of similar lengths; all processes have equally many (an empty one where there are too few examples)."
-    ordered = sorted(batch, key=lambda a: (len(a.student_ids), len(a.teacher_ids), a.id))
-    out = [ordered[i:i+size] for i in range(0, len(ordered), size)]
-    out += [[]]*(-len(out) % world)
-    return out[rank::world]
+    "This process's micro-batches, of similar lengths; all processes have equally many. Raises `InputError` where there are fewer examples than that."
+    ordered, n = sorted(batch, key=lambda a: (len(a.student_ids), len(a.teacher_ids), a.id)), len(batch)
+    k = -(-n//size); k += -k % world
+    if n < k: raise InputError(f"{n} examples cannot be shared among {world} processes")
+    return [ordered[i*n//k:(i+1)*n//k] for i in range(rank, k, world)]
 
 # %% ../nbs/07_train.ipynb #c011
 @dataclass
@@ -104,7 +104,6 @@ def backward_step(
     for i, examples in enumerate(micro):
         last = i == len(micro)-1
         with contextlib.nullcontext() if last else accelerator.no_sync(student):
-            if not examples: accelerator.backward(_nothing(student)); continue
             targets = teacher(examples) if teacher else None
             batch = pack([a.student_ids for a in examples], [a.n_answer for a in examples], pad_id).to(device)
             with accelerator.autocast(): hidden = student(batch)
@@ -112,8 +111,6 @@ def backward_step(
             accelerator.backward(parts.total*(accelerator.num_processes/n))
             sums += parts.sums.float()
     return sums
-
-def _nothing(student): return sum(p.sum() for p in student.parameters() if p.requires_grad)*0
 
 # %% ../nbs/07_train.ipynb #c022
 def lr_factor(step:int, cfg)->float: # of `train.lr`, at optimiser step `step` counted from 0
