@@ -118,7 +118,6 @@ class TrainConfig:
     accumulation: int = _positive(4)  # micro-batches per step
     mixed_precision: str = _one_of("no", "bf16") # autocast
     gradient_checkpointing: bool = False # of the student: less memory, more time
-    compile: bool = False             # torch.compile the student
     save_every: int = _positive(200)  # steps between checkpoints; the last step is always saved
     save_total_limit: Optional[int] = _positive(None) # keep at most this many
     log_every: int = _positive(10)    # steps between lines of metrics.jsonl

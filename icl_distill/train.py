@@ -308,7 +308,7 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     set_seed(cfg.seed, device_specific=True)
     if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash)
     if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
-    student, optimizer = accelerator.prepare(Student(torch.compile(model) if t.compile else model), optimizer)
+    student, optimizer = accelerator.prepare(Student(model), optimizer)
     if t.tracker: accelerator.init_trackers("tensorboard", {})
     sums, size = sums.to(accelerator.device), t.batch_size*t.accumulation*accelerator.num_processes
     model.train()
