@@ -5,7 +5,7 @@
 Real GSM8K (folder named by --gsm8k or $ICL_DISTILL_GSM8K), else generated word problems. One step is forward and backward of one micro-batch
 of --batch examples; the context is one of eight shots, shared. Peak memory: the high-water mark of a process of its own per mode (CUDA: max_memory_allocated).
 """
-import argparse, copy, json, os, resource, statistics, subprocess, sys, time
+import argparse, copy, json, os, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class Plain:
         (F.cross_entropy(mine, s.labels)+self.cfg.loss.weight*F.mse_loss(mine.gather(1, ids), values)).backward()
 
 def setup(args, modes):
-    data = [f"task.name=gsm8k", f"task.path={args.gsm8k}"] if args.gsm8k else ["task.steps=[3]"]
+    data = ["task.name=gsm8k", f"task.path={args.gsm8k}"] if args.gsm8k else ["task.steps=[3]"]
     cfg = load_config("quickstart", [*data, "task.n_train=200", "task.n_test=null", "prompt.max_student_tokens=2048", f"model.name={args.model}", f"model.dtype={args.dtype}"])
     task, tok = load_task(cfg.task), load_tokenizer(cfg.model.name)
     data, acc = prepare(cfg, task, Prompter(tok, cfg.prompt)), Accelerator(cpu=args.device == "cpu")
@@ -52,12 +52,16 @@ def setup(args, modes):
     batches = [[data.aligned[i] for i in step_indices(s, args.batch, len(data.aligned), 0)] for s in range(args.repeats)]
     return cfg, step, batches
 
+def high_water():
+    "Bytes. Not ru_maxrss, which a child inherits from the process that started it."
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])*1024
+
 def peak(args, mode):
     "Run one mode in this process and print its peak memory in bytes."
     _, step, batches = setup(args, [mode])
     if args.device == "cuda": torch.cuda.reset_peak_memory_stats()
     for b in batches[:3]: step(mode, b)
-    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else high_water())
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,8 +81,7 @@ def main():
         for m in MODES:
             start = time.perf_counter(); step(m, b); seconds[m].append(time.perf_counter()-start)
     median = {m: statistics.median(v) for m, v in seconds.items()}
-    args_again = [a for a in sys.argv[1:]]
-    memory = {m: int(subprocess.run([sys.executable, __file__, *args_again, "--peak", m], capture_output=True, text=True, check=True).stdout.split()[-1]) for m in MODES}
+    memory = {m: int(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peak", m], capture_output=True, text=True, check=True).stdout.split()[-1]) for m in MODES}
     env = environment()
     out = dict(what="seconds of forward and backward of one micro-batch", data="gsm8k" if args.gsm8k else "generated word problems", batch=args.batch, repeats=args.repeats, dtype=args.dtype, device=env["device"],
                tokens=dict(student=[sum(len(a.student_ids) for a in b) for b in batches], teacher=[sum(len(a.teacher_ids) for a in b) for b in batches], answer=[sum(a.n_answer for a in b) for b in batches]),
