@@ -40,8 +40,7 @@ def align(
     "Student and teacher ids of one example. Raises `TooLong`, or `InputError` where the two do not end in the same answer."
     q, a = example.question, example.answer if answer is None else answer
     try:
-        sides = [(c, prompter.prompt_ids(c, q), prompter.answer_ids(c, q, a)) for c in (Context(), context)]
-        (_, s_prompt, s_answer), (_, t_prompt, t_answer) = sides
+        (s_prompt, s_answer), (t_prompt, t_answer) = (prompter.prompt_and_answer_ids(c, q, a) for c in (Context(), context))
         if s_answer != t_answer:
             toks = prompter.tok.convert_ids_to_tokens
             raise InputError(f"student and teacher do not end in the same answer: {toks(s_answer)} against {toks(t_answer)}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRONG_SHOTS', 'DATE', 'Context', 'Contexts', 'Rendered', 'Prompter', 'render', 'encode', 'common_prefix',
-           'prompt_ids', 'answer_ids', 'decode', 'shared_prefix']
+           'prompt_ids', 'prompt_and_answer_ids', 'answer_ids', 'decode', 'shared_prefix']
 
 # %% ../nbs/02_prompts.ipynb #c003
 import hashlib, random, re
@@ -158,10 +158,10 @@ def render(self:Prompter, context:Context, question:str, answer:Optional[str]=No
 Prompter.render = render
 
 # %% ../nbs/02_prompts.ipynb #c026
-def encode(self:Prompter, rendered:Rendered, start:bool=True)->list[int]:
-    "Token ids of a rendered text; `start`: it stands at the beginning of the sequence."
+def encode(self:Prompter, rendered:Rendered)->list[int]:
+    "Token ids of a rendered text."
     ids_of = lambda s: self.tok(s, add_special_tokens=False).input_ids if s else []
-    bos = self._bos if start and self.cfg.template == "plain" else []
+    bos = self._bos if self.cfg.template == "plain" else []
     cut = rendered.marks[0] if rendered.marks else None  # occurs nowhere in the text
     ids = [i for piece in rendered._restore(str(rendered), cut).split(cut) for i in ids_of(piece)] if cut else ids_of(str(rendered))
     self._check_lossless(ids, rendered.plain)
@@ -204,16 +204,20 @@ def prompt_ids(self:Prompter, context:Context, question:str)->list[int]:
     "Ids of everything up to the answer."
     return self.encode(self.render(context, question))
 
-def answer_ids(self:Prompter, context:Context, question:str, answer:str)->list[int]:
-    "Ids of the answer behind that prompt, end-of-turn included. Raises `InputError` where they are not a clean suffix."
+def prompt_and_answer_ids(self:Prompter, context:Context, question:str, answer:str)->tuple[list[int], list[int]]:
+    "Ids of the prompt, and of the answer behind it, end-of-turn included. Raises `InputError` where the latter are not a clean suffix."
     prompt, whole = self.render(context, question), self.render(context, question, answer)
     p, w = self.encode(prompt), self.encode(self._answer_text(prompt, whole, answer))
     if w[:len(p)] != p:
-        i = next((i for i, (x, y) in enumerate(zip(p, w)) if x != y), len(w))
+        i = common_prefix(p, w)
         show = lambda ids: self.tok.convert_ids_to_tokens(ids[max(0, i-2):i+3])
         raise InputError(f"the prompt's tokens are not a prefix of prompt and answer: token {i} on, {show(p)} against {show(w)}")
-    return w[len(p):]
-Prompter.prompt_ids, Prompter.answer_ids = prompt_ids, answer_ids
+    return p, w[len(p):]
+
+def answer_ids(self:Prompter, context:Context, question:str, answer:str)->list[int]:
+    "The second of `prompt_and_answer_ids`."
+    return self.prompt_and_answer_ids(context, question, answer)[1]
+Prompter.prompt_ids, Prompter.prompt_and_answer_ids, Prompter.answer_ids = prompt_ids, prompt_and_answer_ids, answer_ids
 
 # %% ../nbs/02_prompts.ipynb #c033
 def _end_of_turn_id(self:Prompter)->int:
