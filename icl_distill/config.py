@@ -93,6 +93,7 @@ class TeacherConfig:
     top_k: int = _positive(256)       # K, vocabulary ids per answer token
     memory: str = _one_of("off", "ram", "disk") # remember an example's targets after its first visit
     folder: Optional[str] = None      # for memory: disk; default: `targets` in the run's folder
+    cache_gib: float = _positive(4.0) # GiB of keys and values of shared contexts that are kept, at most
 
 @dataclass
 class LossConfig:
@@ -118,6 +119,7 @@ class TrainConfig:
     accumulation: int = _positive(4)  # micro-batches per step
     mixed_precision: str = _one_of("no", "bf16") # autocast
     gradient_checkpointing: bool = False # of the student: less memory, more time
+    compile: bool = False             # torch.compile of the transformer: minutes at the start, faster steps on a GPU
     save_every: int = _positive(200)  # steps between checkpoints; the last step is always saved
     save_total_limit: Optional[int] = _positive(None) # keep at most this many
     log_every: int = _positive(10)    # steps between lines of metrics.jsonl

@@ -43,6 +43,7 @@ class Targets:
     def __len__(self): return len(self.logz)
     def map(self, f)->"Targets": return Targets(f(self.values), f(self.ids), f(self.logz))
     def rows(self, start:int, stop:int)->"Targets": return self.map(lambda x: x[start:stop])
+    def split(self, sizes:list[int])->list["Targets"]: return [Targets(*x) for x in zip(*(t.split(sizes) for t in (self.values, self.ids, self.logz)))]
     def to(self, device)->"Targets": return self.map(lambda x: x.to(device, non_blocking=True))
 
     @staticmethod

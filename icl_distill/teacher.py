@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['targets_of', 'plain_targets', 'ReadLayer', 'read_prefix', 'cached_targets', 'Memory', 'get', 'put', 'Teacher',
-           'prefix_kv', 'online']
+           'prefix_kv', 'online', 'report']
 
 # %% ../nbs/06_teacher.ipynb #c003
 import hashlib, os
@@ -113,16 +113,17 @@ def get(self:Memory, a:Aligned)->Optional[Targets]:
 Memory.get = get
 
 # %% ../nbs/06_teacher.ipynb #c024
-def put(self:Memory, a:Aligned, targets:Targets):
-    "Remember an example's targets: values as they are, ids int32, log-partition float32."
+def put(self:Memory, a:Aligned, targets:Targets)->Targets:
+    "Remember an example's targets (returned, as remembered): values as they are, ids int32, log-partition float32."
     key = self.key(a)
     t = dict(values=targets.values.cpu().contiguous(), ids=targets.ids.to("cpu", torch.int32).contiguous(), logz=targets.logz.float().cpu().contiguous())
     self.bytes += sum(x.numel()*x.element_size() for x in t.values())
-    if self.folder is None: self.ram[key] = Targets(**{k: v.clone() for k, v in t.items()}); return
+    if self.folder is None: self.ram[key] = Targets(**{k: v.clone() for k, v in t.items()}); return self.ram[key]
     path = self.path(key); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(t, tmp, metadata=dict(key=key, sha256=_digest(t)))
     os.replace(tmp, path)
+    return Targets(**t)
 Memory.put = put
 
 # %% ../nbs/06_teacher.ipynb #c028
@@ -136,10 +137,11 @@ class Teacher:
         temperature:float=1.0,       # of the log-partition
         prefixes:dict=None,          # context key -> ids, for contexts that are shared
         memory:Optional[Memory]=None, # remember targets?
-        cache_bytes:int=4<<30,       # keys and values kept, at most
+        cache_bytes:float=4<<30,     # keys and values kept, at most (but one context's)
+        first_batch=None,            # example -> the batch it was first seen in; None: the one at hand
     ):
         self.model, self.head, self.pad_id, self.top_k, self.temperature = model, head, pad_id, top_k, temperature
-        self.prefixes, self.memory, self.cache_bytes, self.kv = prefixes or {}, memory, cache_bytes, OrderedDict()
+        self.prefixes, self.memory, self.cache_bytes, self.first_batch, self.kv = prefixes or {}, memory, cache_bytes, first_batch, OrderedDict()
         self.params = [p for n, p in model.named_parameters() if "lora_" not in n]
         self.version, self.stats = self._version(), dict(prefixes_read=0, computed=0, remembered=0)
         conf = base_of(model).config
@@ -150,14 +152,12 @@ class Teacher:
 # %% ../nbs/06_teacher.ipynb #c030
 def _kv_bytes(kv)->int: return sum(x.numel()*x.element_size() for pair in kv for x in pair)
 
-def prefix_kv(self:Teacher, key:str)->list[tuple]:
+def prefix_kv(self:Teacher, ids:list[int])->list[tuple]:
     "The keys and values of a shared context: read once, kept within `cache_bytes`."
-    if self._version() != self.version:
-        self.kv.clear(); self.version = self._version()
-        if self.memory: raise InputError("the base model's weights have changed: its remembered targets are no longer its own")
+    key = tuple(ids)
     if key not in self.kv:
-        self.kv[key] = read_prefix(self.model, self.prefixes[key]); self.stats["prefixes_read"] += 1
-        while len(self.kv) > 1 and sum(map(_kv_bytes, self.kv.values())) > self.cache_bytes: self.kv.popitem(last=False)
+        self.kv[key] = read_prefix(self.model, ids); self.stats["prefixes_read"] += 1
+        while len(self.kv) > 1 and self.kv_bytes > self.cache_bytes: self.kv.popitem(last=False)
     self.kv.move_to_end(key)
     return self.kv[key]
 Teacher.prefix_kv = prefix_kv
@@ -166,26 +166,30 @@ Teacher.kv_bytes = property(lambda self: sum(map(_kv_bytes, self.kv.values())))
 # %% ../nbs/06_teacher.ipynb #c031
 def online(self:Teacher, batch:list[Aligned])->Targets:
     "Targets computed now."
+    if self._version() != self.version:
+        self.kv.clear(); self.version = self._version()
+        if self.memory: raise InputError("the base model's weights have changed: its remembered targets are no longer its own")
     self.stats["computed"] += len(batch)
     args = (self.model, self.head, batch, self.pad_id, self.top_k, self.temperature)
     if any(a.context_key not in self.prefixes for a in batch): return plain_targets(*args)
-    keys = [a.context_key for a in batch]
-    return cached_targets(*args, prefixes=[self.prefixes[k] for k in keys], kv=[self.prefix_kv(k) for k in keys])
+    prefixes = [self.prefixes[a.context_key] for a in batch]
+    return cached_targets(*args, prefixes=prefixes, kv=[self.prefix_kv(p) for p in prefixes])
 Teacher.online = online
 
 # %% ../nbs/06_teacher.ipynb #c032
 def __call__(self:Teacher, batch:list[Aligned])->Targets:
     "Targets of a batch, packed in its order; examples seen before are read from memory, the rest computed (and remembered)."
     if self.memory is None: return self.online(batch)
-    known = [self.memory.get(a) for a in batch]
-    new = [a for a, t in zip(batch, known) if t is None]
-    self.stats["remembered"] += len(batch)-len(new)
-    device = self.params[0].device
-    if new:
-        computed, start, at = self.online(new), 0, {}
-        for a in new:
-            at[id(a)] = computed.rows(start, start+a.n_answer); start += a.n_answer
-            self.memory.put(a, at[id(a)])
-        known = [at[id(a)] if t is None else t for a, t in zip(batch, known)]
-    return Targets.cat([t.to(device) for t in known])
+    found = {self.memory.key(a): self.memory.get(a) for a in batch}
+    self.stats["remembered"] += sum(found[self.memory.key(a)] is not None for a in batch)
+    for a in batch:
+        if found[self.memory.key(a)] is not None: continue
+        group = self.first_batch(a) if self.first_batch else batch
+        for g, t in zip(group, self.online(group).split([g.n_answer for g in group])):
+            if found.setdefault(self.memory.key(g), None) is None: found[self.memory.key(g)] = self.memory.put(g, t)
+    return Targets.cat([found[self.memory.key(a)].to(self.params[0].device) for a in batch])
 Teacher.__call__ = __call__
+
+def report(self:Teacher)->dict: # counts, and bytes on the device and in memory (or written to it)
+    return self.stats | dict(kv_bytes=self.kv_bytes, remembered_bytes=self.memory.bytes if self.memory else 0)
+Teacher.report = report
