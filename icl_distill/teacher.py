@@ -186,7 +186,7 @@ def __call__(self:Teacher, batch:list[Aligned])->Targets:
         if found[self.memory.key(a)] is not None: continue
         group = self.first_batch(a) if self.first_batch else batch
         for g, t in zip(group, self.online(group).split([g.n_answer for g in group])):
-            if found.setdefault(self.memory.key(g), None) is None: found[self.memory.key(g)] = self.memory.put(g, t)
+            if found.get(self.memory.key(g)) is None and (not self.first_batch or self.first_batch(g) == group): found[self.memory.key(g)] = self.memory.put(g, t)
     return Targets.cat([found[self.memory.key(a)].to(self.params[0].device) for a in batch])
 Teacher.__call__ = __call__
 
