@@ -161,6 +161,11 @@ def _remove(folder:Path):
     hidden = folder.with_name("."+folder.name)
     shutil.rmtree(hidden, ignore_errors=True); os.replace(folder, hidden); shutil.rmtree(hidden)
 
+def _sort_modules(path:Path):
+    "peft keeps the target modules as a set: written in an order that changes from process to process."
+    conf = json.loads(path.read_text())
+    path.write_text(json.dumps(conf | dict(target_modules=sorted(conf["target_modules"])), indent=2, sort_keys=True))
+
 def _seal(tmp:Path, final:Path, info:dict):
     "What was written is hashed, flushed and given its name."
     files = {p.relative_to(tmp).as_posix(): file_hash(p) for p in sorted(tmp.rglob("*")) if p.is_file()}
@@ -178,7 +183,7 @@ def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums,
         if main:
             shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
             model.save_pretrained(tmp); tok.save_pretrained(tmp)
-            (tmp/"README.md").unlink(missing_ok=True)
+            (tmp/"README.md").unlink(missing_ok=True); _sort_modules(tmp/"adapter_config.json")
             (tmp/"config.yaml").write_text(to_yaml(cfg))
             torch.save(dict(optimizer=optimizer.state_dict()), tmp/"state.pt")
         accelerator.wait_for_everyone()
@@ -188,7 +193,8 @@ def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums,
             if (metrics := run/"metrics.jsonl").exists(): _flush(metrics)
             _seal(tmp, final, dict(step=step, base_model=cfg.model.name, base_hash=base_hash, data=data_hash, processes=accelerator.num_processes))
             for old in _folders(run)[:-cfg.train.save_total_limit] if cfg.train.save_total_limit else (): _remove(old)
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except Exception as e: # each library that writes has an error of its own for a full disk
+        if not isinstance(e, (OSError, RuntimeError, SafetensorError)) and "os error" not in str(e): raise
         shutil.rmtree(tmp, ignore_errors=True)
         raise InputError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are as they were") from e
     accelerator.wait_for_everyone()
@@ -282,7 +288,9 @@ def train(
     run, t = Path(cfg.run), cfg.train
     done = checkpoints_of(run)
     if done and not t.resume: raise InputError(f"{run} already holds checkpoints up to {done[-1].name}; choose another `run`, or train.resume=true to go on")
-    accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None, cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
+    accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
+                              cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available())
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
     main = accelerator.is_main_process
     task = task or load_task(cfg.task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
