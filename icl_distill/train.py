@@ -230,7 +230,7 @@ def _cut_metrics(path:Path, step:int):
         try: row = json.loads(line)
         except ValueError: continue
         if row["step"] <= step: keep.append(line)
-    tmp = path.with_suffix(".tmp"); tmp.write_text("".join(l+"\n" for l in keep)); os.replace(tmp, path)
+    tmp = path.with_suffix(".tmp"); tmp.write_text("".join(l+"\n" for l in keep)); _flush(tmp); os.replace(tmp, path)
 
 class _Stop:
     "Notes SIGTERM and SIGINT, so that the step can be finished and saved. A second SIGINT interrupts at once."
