@@ -73,7 +73,7 @@ def test_full_disk(what, size, over, whole, tmp_path):
     if not over: go(tmp_path); assert equal(whole/"checkpoints/step_000006", tmp_path/"checkpoints/step_000006") and lines(tmp_path) == lines(whole)
 
 def test_full_disk_while_remembering(tmp_path):
-    with disk_of(1500), pytest.raises(InputError, match="targets could not be written to .*targets"): go(tmp_path/"r", "teacher.memory=disk", "teacher.top_k=256", f"run={tmp_path/'r'}")
+    with disk_of(6000), pytest.raises(InputError, match="targets could not be written to .*targets"): go(tmp_path/"r", "teacher.memory=disk", "teacher.top_k=256")
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
 
 def test_full_disk_as_a_command(folder, tmp_path):
@@ -127,7 +127,8 @@ teacher = Teacher(model, head, tokenizer().pad_token_id, 16, prefixes=data.prefi
 out, rank, world = {}, accelerator.process_index, accelerator.num_processes
 for n in (8, 7, 5):
     for size in (8, 4, 3, 2, 1):
-        micro = micro_batches(data.aligned[3:3+n], size, rank, world)
+        try: micro = micro_batches(data.aligned[3:3+n], size, rank, world)
+        except InputError: continue # seven single ones in two processes
         model.zero_grad(); sums = backward_step(student, teacher, head, micro, cfg, accelerator, tokenizer().pad_token_id)
         norm = accelerator.clip_grad_norm_(student.parameters(), 1e9)
         out[f"{n}/{size}"] = dict(grad=torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone(), sums=accelerator.reduce(sums, "sum"), norm=norm, shape=torch.tensor([len(m) for m in micro]))
@@ -144,7 +145,7 @@ def test_gradients_of_one_and_two_processes(tmp_path):
         whole = runs[0][f"{n}/8"]; assert whole["grad"].abs().max() > 1e-4 and whole["shape"].tolist() == [n]
         for r in runs:
             for size in (8, 4, 3, 2, 1):
-                x = r[f"{n}/{size}"]
+                if (x := r.get(f"{n}/{size}")) is None: assert size == 1 and n % 2 and r is not runs[0]; continue
                 assert_close(x["grad"], whole["grad"], rtol=1e-4, atol=1e-6); assert_close(x["sums"], whole["sums"], rtol=1e-4, atol=1e-3); assert_close(x["norm"], whole["norm"], rtol=1e-4, atol=1e-6)
     assert runs[1]["7/4"]["shape"].tolist() == [3] and runs[2]["7/4"]["shape"].tolist() == [4] and runs[1]["8/4"]["shape"].tolist() == [4] # shared out, not repeated
 
