@@ -1,7 +1,7 @@
 """Random input of every kind: each outcome is right by a plain definition written down here, or an `InputError` that names the place.
 
 2,000 examples and more in the usual run, five times as many with --slow; the same ones everywhere (see conftest.py)."""
-import dataclasses, datetime, json, math, string, tempfile
+import copy, dataclasses, datetime, json, math, string, tempfile
 from pathlib import Path
 
 import jinja2, pytest, yaml
@@ -14,7 +14,6 @@ from icl_distill.prompts import DATE, Context, Prompter
 from icl_distill.tasks import Example, Task, read_jsonl
 
 from test_alignment import ARMS, LITERALS, PIECES, SHOTS, check_brute, n_control, prompter, tokenizer
-import copy
 
 def many(n): return settings(max_examples=n*settings.default.max_examples//100)
 
@@ -69,8 +68,8 @@ def test_chat_templates(template, question, answer, context):
     for ids, c in ((al.student_ids, Context()), (al.teacher_ids, context)):
         messages = p._messages(c, question, answer)
         prompt, whole = jinja(template, messages[:-1], True, tok), jinja(template, messages, False, tok)
-        text = tok.decode(ids, skip_special_tokens=False)
-        assert tok.decode(ids[:-al.n_answer], skip_special_tokens=False) == prompt and whole.startswith(text) and text.startswith(prompt)
+        text = tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert tok.decode(ids[:-al.n_answer], skip_special_tokens=False, clean_up_tokenization_spaces=False) == prompt and whole.startswith(text) and text.startswith(prompt)
         assert text[len(prompt):].lstrip().startswith(answer.strip()) and n_control("chatml", al.answer_ids) == 1 == n_control("chatml", al.answer_ids[-1:])
         at = 0
         for m in messages: at = text.index(m["content"].strip(), at)+len(m["content"].strip()) # every turn, in its place
@@ -86,18 +85,18 @@ def line(q, a, extra, ascii, flip, pad):
     return pad+"{"+f",{pad}".join(pairs[::-1] if flip else pairs)+"}"+pad, (str(q), str(a))
 class Raw(str): pass
 values = st.one_of(texts, texts, numbers.map(Raw))
-good = st.builds(line, values, values, st.lists(st.sampled_from(["null", "[1, {}]", '"x"', "true", "1e5"]), max_size=2), st.booleans(), st.booleans(), st.sampled_from(["", " ", "\t", "\r"]))
+good = st.builds(line, values, values, st.lists(st.sampled_from(["null", "[1, {}]", '"x"', "true", "1e5"]), max_size=2), st.booleans(), st.booleans(), st.sampled_from(["", " ", "\t"]))
 def no_json(s):
     try: json.loads(s); return False
     except ValueError: return bool(s.strip())
 bad = st.one_of(st.sampled_from(["{", "[1]", '"x"', "null", "7", "true", "NaN", '{"question": "a"}', '{"answer": "a"}', "{}", '{"question": "a", "answer": null}', '{"question": "a", "answer": true}', '{"question": "a", "answer": ["b"]}',
     '{"question": "a", "answer": NaN}', '{"question": "a", "answer": Infinity}', '{"question": "a", "more": -Infinity, "answer": "b"}', '{"question": "a", "question": "a", "answer": "b"}', '{"question": "a", "answer": "b", "x": {"y": 1, "y": 2}}',
     '{"question": "", "answer": "b"}', '{"question": "a", "answer": " \\t\\u2028"}', '{"question": "\\ud800", "answer": "b"}', '{"question": "a", "answer": "b"}}', '{"Question": "a", "answer": "b"}', "["*3000, '{"question": "a\x01", "answer": "b"}', "\ufeff{}"]),
-    st.text(max_size=20).filter(lambda s: "\n" not in s).filter(no_json)).map(lambda s: (s, None))
-blank = st.sampled_from(["", " ", "\t ", "\r", "\u2028", "\x0c"]).map(lambda s: (s, ""))
+    st.text(max_size=20).filter(lambda s: not set("\n\r\ufeff") & set(s)).filter(no_json)).map(lambda s: (s, None))
+blank = st.sampled_from(["", " ", "\t ", "\u2028", "\x0c"]).map(lambda s: (s, ""))
 
 @many(650)
-@given(st.lists(st.one_of(good, good, good, good, bad, blank), max_size=6), st.sampled_from([b"", b"\xef\xbb\xbf"]), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.one_of(st.none(), st.none(), st.integers(0, 400)))
+@given(st.lists(st.one_of(good, good, good, good, bad, blank), max_size=6), st.sampled_from([b"", b"\xef\xbb\xbf"]), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.booleans(), st.one_of(st.none(), st.none(), st.integers(0, 400)))
 def test_jsonl(rows, bom, end, last, broken):
     "The rows as they are written, in their order; or the first line that is none is named, or the file where it is not UTF-8 or empty."
     data = bom+end.join(t.encode("utf-8", "surrogatepass") for t, _ in rows)+end*last
@@ -155,7 +154,6 @@ def test_config_values(leaf, value):
     "A value that fits its key arrives unchanged; any other is refused, the file and the key named."
     key, f = leaf
     assume(not (value is False and {"no", "off"} & set(f.metadata.get("choices", ())))) # YAML's own word for these
-    assume(not isinstance(value, (int, list)) or "9"*4000 not in str(value)[:4300])
     nested = value
     for k in reversed(key.split(".")): nested = {k: nested}
     try: text = yaml.safe_dump(nested, allow_unicode=True)
@@ -167,7 +165,7 @@ def test_config_values(leaf, value):
             assert ("c.yaml" in str(e) and repr(key) in str(e) or "c.yaml: not valid YAML" in str(e)) and not fits(value, f) or key.split(".")[-1] in str(e) and value in ("regex", "text"), (str(e), text)
             return
     for k in key.split("."): cfg = getattr(cfg, k)
-    assert fits(value, f) and cfg == value and type(cfg) in (type(value), float)
+    assert fits(value, f) and cfg == (float(value) if type(cfg) is float else value) and type(cfg) in (type(value), float)
 
 @many(250)
 @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(["seed", "train", "lr", "loss", "kind", "extends", ":", ": ", "\n", "\n  ", "{", "}", "[", "]", "- ", "!!python/object:os.system", "!x", "&a", "*a", "<<", "'", '"', "#", "1", "1e-4", "null", "\t", "|", ">", "%", "@", "?", "---\n"]),

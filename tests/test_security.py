@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from icl_distill.config import PromptConfig, load_config
 from icl_distill.hub import InputError, load_tokenizer, model_path
 from icl_distill.models import file_hash, load_adapter, load_model, read_checkpoint
-from icl_distill.prompts import Prompter
+from icl_distill.prompts import Context, Prompter
 from icl_distill.tasks import load_task
 from icl_distill.teacher import Memory
 from icl_distill.train import checkpoints_of
@@ -109,15 +109,19 @@ def test_a_config_reads_no_environment(monkeypatch, tmp_path):
 
 # ---- chat templates
 
-ESCAPES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__init__.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('touch gone_off') }}", "{{ raise_exception.__globals__ }}",
-    "{{ self.__init__.__globals__ }}", "{{ messages.append(1) }}", "{{ messages|attr('__class__')|attr('__mro__') }}", "{{ (messages|map(attribute='__class__')|list)[0].__mro__ }}", "{% for i in range(10000000) %}x{% endfor %}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}"]
+ESCAPES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__init__.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('touch gone_off') }}",
+    "{{ self.__init__.__globals__ }}", "{{ messages.append(1) }}", "{{ (messages|map(attribute='__class__')|list)[0].__mro__ }}", "{% for i in range(10000000) %}x{% endfor %}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}"]
 
-@pytest.mark.parametrize("escape", ESCAPES)
+HARMLESS = ["{{ raise_exception.__globals__ }}", "{{ messages|attr('__class__')|attr('__mro__') }}", "{{ messages.__class__ }}"]
+
+@pytest.mark.parametrize("escape", ESCAPES+HARMLESS)
 def test_templates_stay_in_their_sandbox(escape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import copy
     tok = copy.copy(tokenizer()); tok.chat_template = escape+"{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(InputError, match="template"): Prompter(tok, PromptConfig())
+    try: text = Prompter(tok, PromptConfig()).render(Context(), "Why?")
+    except InputError as e: assert "template" in str(e)
+    else: assert escape in HARMLESS and text == "Question: Why?<|im_end|>" # what it asked for is nothing
     assert not (tmp_path/"gone_off").exists()
 
 # ---- the network, and tokens
@@ -126,7 +130,7 @@ NO_NETWORK = """
 import socket, sys
 tried = open(sys.argv[1], "a")
 def refuse(name):
-    def f(*args, **kw): tried.write(f"{name} {args[-1]}\\n"); tried.flush(); raise OSError("no network here")
+    def f(*args, **kw): tried.write(f"{name} {args}\\n"); tried.flush(); raise OSError("no network here")
     return f
 for name in ("connect", "connect_ex"): setattr(socket.socket, name, lambda self, address, name=name: refuse(name)(address))
 socket.getaddrinfo, socket.create_connection = refuse("getaddrinfo"), refuse("create_connection")
