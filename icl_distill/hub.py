@@ -6,7 +6,7 @@
 __all__ = ['WHEELS', 'InputError', 'input_errors', 'cache_dir', 'model_path', 'load_tokenizer', 'tokenizer_hash']
 
 # %% ../nbs/00_hub.ipynb #c003
-import hashlib, json, os, shutil, subprocess, sys, tempfile, zipfile
+import errno, hashlib, json, os, shutil, subprocess, sys, tempfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ class InputError(ValueError):
 # %% ../nbs/00_hub.ipynb #c006
 @contextmanager
 def input_errors():
-    "For commands: an `InputError` is printed, and the exit code is 2."
+    "For commands: an `InputError` (or that the disk is full) is printed, and the exit code is 2."
     try: yield
-    except InputError as e:
+    except (InputError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_model', 'weights_hash', 'add_lora', 'base_of', 'body_of', 'answer_hidden', 'frozen_head', 'adapter_off',
-           'read_checkpoint', 'load_adapter', 'environment']
+           'file_hash', 'read_checkpoint', 'load_adapter', 'environment']
 
 # %% ../nbs/05_models.ipynb #c003
 import hashlib, importlib.metadata, json, os, platform, subprocess
@@ -108,21 +108,34 @@ def adapter_off(model:nn.Module):
         for m in checkpointing: m.gradient_checkpointing = True
 
 # %% ../nbs/05_models.ipynb #c026
-def read_checkpoint(folder, base_hash:str=None)->dict: # the contents of checkpoint.json
-    "Raises `InputError` where the checkpoint is incomplete, or of another base model."
+def file_hash(path)->str:
+    "SHA-256 of a file."
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def read_checkpoint(folder, base_hash:str=None, whole:bool=False)->dict: # the contents of checkpoint.json
+    "Raises `InputError` where the checkpoint is incomplete, damaged, or of another base model; with `whole` all of its files are looked at, not the adapter's alone."
     folder = Path(folder)
     needed = ("checkpoint.json", "adapter_config.json", "adapter_model.safetensors")
     if not folder.is_dir(): raise InputError(f"checkpoint {str(folder)!r}: no such folder")
-    if missing := [n for n in needed if not (folder/n).is_file()]: raise InputError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(missing)} missing")
+    def present(names):
+        if missing := [n for n in names if not (folder/n).is_file()]: raise InputError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(missing)} missing")
+    present(needed)
     try:
         info = json.loads((folder/"checkpoint.json").read_text())
-        if missing := [k for k in ("step", "base_model", "base_hash") if k not in info]: raise ValueError(f"checkpoint.json lacks {', '.join(missing)}")
+        if not isinstance(info, dict): raise ValueError("checkpoint.json is no object")
+        if missing := [k for k in ("step", "base_model", "base_hash", *["files"]*whole) if k not in info]: raise ValueError(f"checkpoint.json lacks {', '.join(missing)}")
+        if type(info["step"]) is not int or info["step"] < 0: raise ValueError(f"step is {info['step']!r}")
         json.loads((folder/"adapter_config.json").read_text())
         with safe_open(folder/"adapter_model.safetensors", "pt") as f: f.keys()
-    except (ValueError, TypeError, SafetensorError) as e: raise InputError(f"checkpoint {str(folder)!r} is damaged: {e}") from e
+        files = {n: h for n, h in info.get("files", {}).items() if whole or n in needed}
+        present(files)
+        if other := [n for n, h in files.items() if file_hash(folder/n) != h]: raise ValueError(f"{', '.join(other)} not as written")
+    except InputError: raise
+    except (ValueError, TypeError, AttributeError, SafetensorError) as e: raise InputError(f"checkpoint {str(folder)!r} is damaged: {e}") from e
     if base_hash and info["base_hash"] != base_hash:
         raise InputError(f"checkpoint {str(folder)!r} was trained on {info['base_model']!r} with weights {info['base_hash']}; the model given has weights {base_hash}")
     return info
+
 
 # %% ../nbs/05_models.ipynb #c027
 def load_adapter(

@@ -34,7 +34,7 @@ _VERBS = ("go went, see saw, take took, run ran, write wrote, eat ate, speak spo
           "buy bought, sing sang, fly flew, drive drove, break broke, choose chose, fall fell, grow grew, hide hid, ride rode")
 WRONG_SHOTS = tuple(Example(f"verb-{a}", f"What is the past tense of '{a}'?", b) for a, b in (v.split() for v in _VERBS.split(", ")))  # of `wrong_task`
 
-def _draw(pool:list, n:int, seed:str)->tuple:
+def _draw(pool, n:int, seed:str)->tuple:
     "`n` of `pool` in an order, fixed by `seed` (a string: stable over processes and Python versions)."
     return tuple(random.Random(seed).sample(pool, n))
 
@@ -63,19 +63,27 @@ class Contexts:
         self.shared = [Context(s, cfg.text if kind == "text" else None) for s in drawn] # empty for per_example
         asked = {e.question for c in self.shared for e in c.shots} if kind in ("fixed", "shuffled_answers") else ()
         self.reserved = frozenset(e.id for e in train if e.question in asked)
-        self.index = {e.id: i for i, e in enumerate(train)}
+        self.index, self.places = {e.id: i for i, e in enumerate(train)}, {}
+        for i, e in enumerate(train):
+            for k in {("id", e.id), ("question", e.question)}: self.places.setdefault(k, []).append(i)
 
     def __call__(self, example:Example)->Context:
         "The context of `example`, which it is never part of."
         i = self.index.get(example.id, example.id)
+        if self.cfg.kind == "per_example": return Context(tuple(self.train[j] for j in self._others(example, f"{self.cfg.seed}:{i}")))
         allowed = lambda e: e.id != example.id and e.question != example.question
-        if self.cfg.kind == "per_example":
-            others = [e for e in self.train if allowed(e)]
-            if len(others) < self.cfg.n_shots: raise InputError(f"example {example.id!r}: there are only {len(others)} other questions for context.n_shots={self.cfg.n_shots}")
-            return Context(_draw(others, self.cfg.n_shots, f"{self.cfg.seed}:{i}"))
         fine = [c for c in self.shared if all(allowed(e) for e in c.shots)]
         if not fine: raise InputError(f"example {example.id!r} is a shot of its own context: leave it out of training (see `reserved`)")
         return fine[random.Random(f"{self.cfg.seed}:{i}").randrange(len(fine))]
+
+    def _others(self, example:Example, seed:str)->list[int]:
+        "Places of the shots drawn from all examples but this one and those that ask the same."
+        own = sorted({*self.places.get(("id", example.id), ()), *self.places.get(("question", example.question), ())})
+        n, k = len(self.train)-len(own), self.cfg.n_shots
+        if n < k: raise InputError(f"example {example.id!r}: there are only {n} other questions for context.n_shots={k}")
+        drawn = list(_draw(range(n), k, seed))  # as if those at `own` were not there
+        for p in own: drawn = [j+(j >= p) for j in drawn]
+        return drawn
 
 # %% ../nbs/02_prompts.ipynb #c015
 DATE = "26 Jul 2024"  # what Llama 3's template writes where it knows no date
@@ -115,6 +123,8 @@ class Prompter:
         self._control_re = re.compile("|".join(map(re.escape, self.control)) or r"(?!)")
         self.stop_ids = list(dict.fromkeys([self._end_of_turn_id, tok.eos_token_id]))  # end-of-turn first
 
+    def _hide(self, text:str, mark:str)->str: return self._control_re.sub(lambda m: f"{mark}{self.control.index(m[0])}{mark}", text) # for `Rendered`
+
 # %% ../nbs/02_prompts.ipynb #c022
 def _messages(self:Prompter, context, question, answer=None)->list[dict]:
     "The turns of a conversation: system, shots, question and (where given) answer."
@@ -144,10 +154,10 @@ def render(self:Prompter, context:Context, question:str, answer:Optional[str]=No
     text = "".join(m["content"] for m in messages)
     marks = ()
     if self._control_re.search(text):
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+        mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in text), None)
+        if mark is None: raise InputError("a text that spells control tokens also uses every private-use character from U+E000 to U+F8FF: there is none left to mark them with")
         marks = (mark, self.control)
-        hide = lambda m: f"{mark}{self.control.index(m[0])}{mark}"
-        messages = [dict(m, content=self._control_re.sub(hide, m["content"])) for m in messages]
+        messages = [dict(m, content=self._hide(m["content"], mark)) for m in messages]
     out = Rendered(self._template(messages)); out.marks = marks
     at = 0
     for m in messages:
@@ -190,7 +200,7 @@ def _answer_text(self:Prompter, prompt:Rendered, whole:Rendered, answer:str)->Re
     "The part of `whole` that a model asked with `prompt` should write: answer and end-of-turn."
     if not str(whole).startswith(str(prompt)):
         raise InputError(f"the template's prompt is not the beginning of prompt and answer: it ends in {str(prompt)[-40:]!r}, there stands {str(whole)[len(prompt)-40:len(prompt)+20]!r}")
-    hidden = self._control_re.sub(lambda m: f"{whole.marks[0]}{self.control.index(m[0])}{whole.marks[0]}", answer).strip() if whole.marks else answer.strip()
+    hidden = (self._hide(answer, whole.marks[0]) if whole.marks else answer).strip()
     at = str(whole).find(hidden, len(prompt))
     if (between := str(whole)[len(prompt):at].strip()):
         raise InputError(f"the template puts {between!r} between prompt and answer, which would be supervised; prompt.enable_thinking=false may help")

@@ -238,6 +238,7 @@ def load_task(cfg:TaskConfig)->Task:
     task = kinds[cfg.name](cfg)
     for name, path in cfg.test_sets.items():
         if name in ("test", "dev", "train"): raise InputError(f"task.test_sets: {name!r} is taken; choose another name")
+        if not re.fullmatch(r"\w[\w.-]*", name): raise InputError(f"task.test_sets: {name!r} becomes part of file names: letters, digits, '_', '-' and '.' only")
         task.tests[name] = read_jsonl(path, name, cfg.question_field, cfg.answer_field)
     check_leaks(task)
     for e in [*task.dev, *(e for s in task.tests.values() for e in s)]: task.score("", e)

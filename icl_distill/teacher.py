@@ -121,8 +121,10 @@ def put(self:Memory, a:Aligned, targets:Targets)->Targets:
     if self.folder is None: self.ram[key] = Targets(**{k: v.clone() for k, v in t.items()}); return self.ram[key]
     path = self.path(key); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(t, tmp, metadata=dict(key=key, sha256=_digest(t)))
-    os.replace(tmp, path)
+    try: save_file(t, tmp, metadata=dict(key=key, sha256=_digest(t))); os.replace(tmp, path)
+    except (SafetensorError, OSError) as e:
+        tmp.unlink(missing_ok=True)
+        raise InputError(f"targets could not be written to {path} ({e}); those remembered before stay") from e
     return Targets(**t)
 Memory.put = put
 

@@ -7,13 +7,14 @@ __all__ = ['step_indices', 'micro_batches', 'Data', 'prepare', 'first_batches', 
            'checkpoints_of', 'save_checkpoint', 'load_state', 'train', 'main']
 
 # %% ../nbs/07_train.ipynb #c003
-import argparse, contextlib, json, math, os, random, shutil, signal, sys
+import argparse, contextlib, hashlib, json, math, os, pickle, random, shutil, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from .alignment import Aligned, TooLong, align, pack
 from .config import Config, config_dict, diff_configs, load_config, to_yaml
 from .hub import InputError, input_errors, load_tokenizer
 from .losses import Head, SUMS, chunked_loss, check_loss, loss_metrics, plain_loss
-from .models import add_lora, answer_hidden, base_of, body_of, environment, frozen_head, load_model, read_checkpoint, weights_hash
+from .models import add_lora, answer_hidden, base_of, body_of, environment, file_hash, frozen_head, load_model, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
 from .tasks import Task, load_task
 from .teacher import Memory, Teacher
@@ -61,6 +62,12 @@ class Data:
     aligned: list[Aligned]
     prefixes: dict[str, list[int]] # ids shared by all prompts of a context, by its key
     left_out: dict                 # what is not trained on, and why
+
+    @property
+    def hash(self)->str: # 16 hexadecimal digits
+        h = hashlib.sha256()
+        for a in self.aligned: h.update(f"{a.id} {a.n_answer} {a.student_ids} {a.teacher_ids}".encode())
+        return h.hexdigest()[:16]
 
 def prepare(cfg:Config, task:Task, prompter:Prompter, progress:bool=False)->Data:
     "Aligned training examples. Raises `InputError` where one cannot be aligned, or none is left."
@@ -130,11 +137,13 @@ def lr_factor(step:int, cfg)->float: # of `train.lr`, at optimiser step `step` c
     return dict(constant=1., linear=1-done, cosine=0.5*(1+math.cos(math.pi*done)))[cfg.schedule]
 
 # %% ../nbs/07_train.ipynb #c026
+def _folders(run)->list[Path]: return sorted(Path(run).glob("checkpoints/step_*"), key=lambda p: (len(p.name), p.name)) # oldest first
+
 def checkpoints_of(run)->list[Path]: # oldest first
     "The complete checkpoints of a run's folder. Others are passed over with a warning."
     out = []
-    for p in sorted(Path(run).glob("checkpoints/step_*")):
-        try: read_checkpoint(p); out.append(p)
+    for p in _folders(run):
+        try: read_checkpoint(p, whole=True); out.append(p)
         except InputError as e: print(f"warning: passed over: {e}", file=sys.stderr)
     return out
 
@@ -151,50 +160,76 @@ def _set_random_state(s:dict):
     np.random.set_state(("MT19937", s["numpy"][0].numpy().astype(np.uint32), *s["numpy"][1:]))
 
 # %% ../nbs/07_train.ipynb #c028
-def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums, accelerator, base_hash:str)->Path:
+def _flush(path):
+    "To disk, folders too."
+    f = os.open(path, os.O_RDONLY)
+    try: os.fsync(f)
+    finally: os.close(f)
+
+def _remove(folder:Path):
+    "First out of sight, so that no half of it is ever taken for a checkpoint."
+    hidden = folder.with_name("."+folder.name)
+    shutil.rmtree(hidden, ignore_errors=True); os.replace(folder, hidden); shutil.rmtree(hidden)
+
+def _sort_modules(path:Path):
+    "peft keeps the target modules as a set: written in an order that changes from process to process."
+    conf = json.loads(path.read_text())
+    path.write_text(json.dumps(conf | dict(target_modules=sorted(conf["target_modules"])), indent=2, sort_keys=True))
+
+def _seal(tmp:Path, final:Path, info:dict):
+    "What was written is hashed, flushed and given its name."
+    files = {p.relative_to(tmp).as_posix(): file_hash(p) for p in sorted(tmp.rglob("*")) if p.is_file()}
+    (tmp/"checkpoint.json").write_text(json.dumps(info | dict(files=files), indent=1))
+    for p in [*tmp.rglob("*"), tmp]: _flush(p)
+    shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final); _flush(final.parent)
+
+
+# %% ../nbs/07_train.ipynb #c028a
+def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums, accelerator, base_hash:str, data_hash:str)->Path:
     "Write `checkpoints/step_NNNNNN`, whole or not at all. Raises `InputError` where the disk is full; what was there before stays."
     final = run/"checkpoints"/f"step_{step:06d}"
-    tmp = final.with_suffix(".tmp")
+    tmp, main = final.with_name("."+final.name), accelerator.is_main_process
     try:
-        if accelerator.is_main_process:
+        if main:
             shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
             model.save_pretrained(tmp); tok.save_pretrained(tmp)
-            (tmp/"README.md").unlink(missing_ok=True)
+            (tmp/"README.md").unlink(missing_ok=True); _sort_modules(tmp/"adapter_config.json")
             (tmp/"config.yaml").write_text(to_yaml(cfg))
-            torch.save(dict(optimizer=optimizer.state_dict(), sums=sums.cpu()), tmp/"state.pt")
+            torch.save(dict(optimizer=optimizer.state_dict()), tmp/"state.pt")
         accelerator.wait_for_everyone()
-        torch.save(_random_state(), tmp/f"random_{accelerator.process_index}.pt")
+        torch.save(dict(random=_random_state(), sums=sums.cpu()), tmp/f"process_{accelerator.process_index}.pt")
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (tmp/"checkpoint.json").write_text(json.dumps(dict(step=step, base_model=cfg.model.name, base_hash=base_hash, processes=accelerator.num_processes)))
-            for p in tmp.iterdir():
-                with open(p, "rb") as f: os.fsync(f.fileno())
-            shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
-            if limit := cfg.train.save_total_limit:
-                for old in checkpoints_of(run)[:-limit]: shutil.rmtree(old)
-    except OSError as e:
+        if main:
+            if (metrics := run/"metrics.jsonl").exists(): _flush(metrics)
+            _seal(tmp, final, dict(step=step, base_model=cfg.model.name, base_hash=base_hash, data=data_hash, processes=accelerator.num_processes))
+            for old in _folders(run)[:-cfg.train.save_total_limit] if cfg.train.save_total_limit else (): _remove(old)
+    except Exception as e: # each library that writes has an error of its own for a full disk
+        if not isinstance(e, (OSError, RuntimeError, SafetensorError)) and "os error" not in str(e): raise
         shutil.rmtree(tmp, ignore_errors=True)
         raise InputError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are as they were") from e
     accelerator.wait_for_everyone()
     return final
 
+
 # %% ../nbs/07_train.ipynb #c030
 _FREE = ("run", "evaluate.", "train.resume", "train.tracker", "train.save_total_limit", "teacher.memory", "teacher.folder", "teacher.cache_gib")
 
-def load_state(folder:Path, cfg:Config, model, optimizer, accelerator, base_hash:str)->tuple[int, torch.Tensor]: # step, sums not yet logged
-    "Go back to a checkpoint. Raises `InputError` where it was made with another config or other weights."
+def load_state(folder:Path, cfg:Config, model, optimizer, accelerator, base_hash:str, data_hash:str)->tuple[int, torch.Tensor]: # step, sums not yet logged
+    "Go back to a checkpoint. Raises `InputError` where it was made with another config, other examples or other weights."
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     info = read_checkpoint(folder, base_hash)
     free = _FREE+(("train.steps",) if cfg.train.schedule == "constant" else ())
     other = [d for d in diff_configs(config_dict(load_config(str(folder/"config.yaml"))), config_dict(cfg)) if not d.startswith(free)]
     if other: raise InputError(f"{folder} was made with another config: {'; '.join(other)}. Use another `run`, or train.resume=false with an empty one")
+    if info["data"] != data_hash: raise InputError(f"{folder} was made with other examples: a file of the task, or the tokenizer, has changed since. Use another `run`")
     if info["processes"] != accelerator.num_processes: raise InputError(f"{folder} was made by {info['processes']} processes; now there are {accelerator.num_processes}")
+    try: state, mine = (torch.load(folder/n, weights_only=True, map_location="cpu") for n in ("state.pt", f"process_{accelerator.process_index}.pt"))
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as e: raise InputError(f"{folder} is damaged: {str(e).splitlines()[0]}") from e
     set_peft_model_state_dict(model, load_file(folder/"adapter_model.safetensors"))
-    state = torch.load(folder/"state.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
-    _set_random_state(torch.load(folder/f"random_{accelerator.process_index}.pt", weights_only=True))
-    return info["step"], state["sums"]
+    _set_random_state(mine["random"])
+    return info["step"], mine["sums"]
 
 # %% ../nbs/07_train.ipynb #c032
 def _cut_metrics(path:Path, step:int):
@@ -205,7 +240,7 @@ def _cut_metrics(path:Path, step:int):
         try: row = json.loads(line)
         except ValueError: continue
         if row["step"] <= step: keep.append(line)
-    tmp = path.with_suffix(".tmp"); tmp.write_text("".join(l+"\n" for l in keep)); os.replace(tmp, path)
+    tmp = path.with_suffix(".tmp"); tmp.write_text("".join(l+"\n" for l in keep)); _flush(tmp); os.replace(tmp, path)
 
 class _Stop:
     "Notes SIGTERM and SIGINT, so that the step can be finished and saved. A second SIGINT interrupts at once."
@@ -238,6 +273,8 @@ def _memory(cfg:Config, base_hash:str, run:Path)->Optional[Memory]:
 
 def _start_run(run:Path, cfg:Config, data:Data):
     "The run's folder, its config and where it was made."
+    for p in run.glob("checkpoints/.step_*"):
+        print(f"warning: {p} was never finished; it is removed", file=sys.stderr); shutil.rmtree(p)
     run.mkdir(parents=True, exist_ok=True)
     (run/"config.yaml").write_text(to_yaml(cfg))
     (run/"environment.json").write_text(json.dumps(environment(), indent=1))
@@ -261,7 +298,9 @@ def train(
     run, t = Path(cfg.run), cfg.train
     done = checkpoints_of(run)
     if done and not t.resume: raise InputError(f"{run} already holds checkpoints up to {done[-1].name}; choose another `run`, or train.resume=true to go on")
-    accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None, cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
+    accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
+                              cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available())
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
     main = accelerator.is_main_process
     task = task or load_task(cfg.task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
@@ -274,12 +313,14 @@ def train(
 
 # %% ../nbs/07_train.ipynb #c037
 def _oom_hint(f, micro):
-    "Call `f`; where the accelerator's memory runs out, say with which lengths and what to lower."
+    "Call `f`; where memory runs out, the accelerator's or the machine's, say with which lengths and what to lower."
     try: return f()
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
         longest = max((a for m in micro for a in m), key=lambda a: len(a.teacher_ids))
         raise InputError(f"out of memory with {max(map(len, micro))} examples at once, the longest {longest.id!r}: {len(longest.student_ids)} tokens for the student, {len(longest.teacher_ids)} for the teacher. "
                          f"Lower train.batch_size (and raise train.accumulation by as much), or set train.gradient_checkpointing=true") from e
+
 
 # %% ../nbs/07_train.ipynb #c038
 def _parts(cfg:Config, run:Path, data:Data, model, tok, base_hash:str, main:bool, world:int):
@@ -318,7 +359,8 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     head, teacher, optimizer = _parts(cfg, run, data, model, tok, base_hash, main, accelerator.num_processes)
     step, sums, last = 0, torch.zeros(len(SUMS)), done[-1] if done else None
     set_seed(cfg.seed, device_specific=True)
-    if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash)
+    data_hash = data.hash
+    if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash, data_hash)
     if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
     student, optimizer = accelerator.prepare(Student(model), optimizer)
     if t.tracker: accelerator.init_trackers("tensorboard", {})
@@ -339,11 +381,11 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
             bar.update()
             stopping = _asked_to_stop(stop, accelerator)
             if step % t.save_every == 0 or step == t.steps or stopping:
-                last = save_checkpoint(run, step, cfg, model, tok, optimizer.optimizer, sums, accelerator, base_hash)
+                last = save_checkpoint(run, step, cfg, model, tok, optimizer.optimizer, sums, accelerator, base_hash, data_hash)
                 if main and teacher: (run/"teacher.json").write_text(json.dumps(teacher.report()))
             if stopping and step < t.steps:
                 print(f"stopped by {stop.asked or 'another process'} after step {step}; saved {last}; the same command goes on from there", file=sys.stderr)
-                raise SystemExit(128+signal.SIGTERM)
+                raise SystemExit(128+(signal.Signals[stop.asked] if stop.asked else signal.SIGTERM))
     if t.tracker: accelerator.end_training()
     return last
 

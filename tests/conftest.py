@@ -5,11 +5,12 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None) # same examples everywhere; no clock in a verdict
-settings.load_profile("project")
+settings.register_profile("slow", settings.get_profile("project"), max_examples=500)
 
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 def pytest_configure(config):
+    settings.load_profile("slow" if config.getoption("--slow") else "project")
     config.addinivalue_line("markers", "slow: minutes; runs with --slow only")
     config.addinivalue_line("markers", "cuda: needs a GPU")
 

@@ -136,7 +136,6 @@ def test_thinking_switch():
 
 LITERALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|im_", "|im_end|>", "<repo_name>"]
 PIECES = ["\u202eשלום", "مرحبا", "👩‍👩‍👧‍👦", "🇩🇪", "e\u0301", "\x00", "\x1b[0m", "\r\n", "\t", "\u2028", "\ufeff", "\ue000", "\ue0001\ue000", "12", " ", "\n", "\n\n", "{{ x }}", "{question}", "{}", "{% if %}"]
-wild = st.lists(st.one_of(st.sampled_from(LITERALS), st.sampled_from(PIECES), st.text(max_size=6)), max_size=6).map("".join)
 tame = st.text(st.sampled_from("abcXYZ 0123456789.,+-=$?"), min_size=1, max_size=30).map(lambda s: "x"+s+"y")
 
 @cache
@@ -156,16 +155,6 @@ def check_brute(arm, al, context, e):
         assert n_control(arm, ids) == n_control(arm, tokenizer(arm)(written(arm, bare, "q", "a"), add_special_tokens=False).input_ids)+(arm == "plain_bos")
     assert 0 < al.n_answer < len(al.student_ids) and al.student_ids[-al.n_answer:] == al.teacher_ids[-al.n_answer:]
     assert n_control(arm, al.answer_ids) == 1 and n_control(arm, al.answer_ids[-1:]) == 1
-
-@pytest.mark.parametrize("arm", ARMS)
-@given(q=wild, a=wild, sq=wild, sa=wild, text=st.one_of(st.none(), wild))
-@settings(max_examples=40)
-def test_wild_texts(arm, q, a, sq, sa, text):
-    "Any text is either encoded as the definition says, or refused by an `InputError` that names the example."
-    e, context = Example("wild-7", q, a), Context((Example("s", sq, sa),), text)
-    try: al = align(prompter(arm), context, e)
-    except InputError as err: assert "wild-7" in str(err); return
-    check_brute(arm, al, context, e)
 
 @pytest.mark.parametrize("arm", ARMS)
 @given(q=tame, a=tame)
