@@ -235,7 +235,7 @@ def test_half_a_batch_remembered(tmp_path):
     real, calls = T.Memory.put, []
     def dies(self, *args):
         if len(calls) == 13: raise KeyboardInterrupt # step 3: one of three is written
-        calls.append(1); real(self, *args)
+        calls.append(1); return real(self, *args)
     T.Memory.put = dies
     try:
         with pytest.raises(KeyboardInterrupt): go(tmp_path/"b", "teacher.memory=disk")
