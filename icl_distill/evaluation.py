@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['Condition', 'base_condition', 'find_checkpoints', 'find_conditions', 'check_checkpoint', 'digest', 'identity',
            'adapter_hash', 'Records', 'writing', 'make_record', 'make_prompts', 'summary', 'baseline_of', 'pairs_of',
-           'paired', 'selected', 'table_rows', 'notes', 'markdown', 'as_csv', 'Job', 'item_sets', 'plan', 'run_job',
-           'engine_for', 'model_config', 'run_jobs', 'out_path', 'condition_result', 'results', 'evaluate',
-           'load_report', 'read_outcomes', 'with_baseline', 'report']
+           'paired', 'selected', 'differences', 'detectable', 'table_rows', 'notes', 'markdown', 'as_csv', 'Job',
+           'item_sets', 'plan', 'so_far', 'run_job', 'engine_for', 'model_config', 'run_jobs', 'out_path',
+           'condition_result', 'results', 'evaluate', 'load_report', 'read_outcomes', 'read_records', 'pick_checkpoint',
+           'with_baseline', 'combine', 'combined_rows', 'combined_notes', 'report']
 
 # %% ../nbs/10_evaluation.ipynb #c003
-import csv, hashlib, io, itertools, json, os, re, time
+import csv, hashlib, html, io, itertools, json, os, re, tempfile, time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Optional
 
-from .config import Config, config_dict, load_config
+from .config import Config, config_dict, diff_configs, load_config
 from .generation import TransformersEngine, check_applied, choose_engine, kv_bytes, open_engine
 from .hub import InputError, load_tokenizer, tokenizer_hash
 from .models import environment, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
-from .statistics import compare, wilson
+from .statistics import combine_seeds, compare, detectable_difference, holm, wilson
 from .tasks import Example, Task, load_task
 
 # %% ../nbs/10_evaluation.ipynb #c005
@@ -225,25 +226,50 @@ def selected(
     best = max(mine, key=lambda k: seen[k]["accuracy"])  # the first of equals
     return dict(condition=best, accuracy_dev=seen[best]["accuracy"], n_dev=seen[best]["n"])
 
+# %% ../nbs/10_evaluation.ipynb #c032b
+def differences(res:dict, base:str)->dict: # condition -> its comparison with the baseline, with `p_holm` where there are several
+    "The comparisons that the table shows."
+    diff = {p["a"]: p for p in res["paired"] if p["b"] == base and p["set"] == res["set"]}
+    if len(diff) < 2: return diff
+    return {k: diff[k] | dict(p_holm=p) for k, p in holm({k: d["p_mcnemar"] for k, d in diff.items()}).items()}
+
+def detectable(res:dict, base:str)->dict: # condition -> smallest detectable difference to the baseline, of accuracies
+    "What each comparison could have found with a chance of 80 %, at the level that Holm's first step demands; infinite: nothing."
+    diff, acc = differences(res, base), lambda k: res["conditions"][k]["accuracy"]
+    out = {k: ((d["only_a"]+d["only_b"])/d["n"], d["n"], min(acc(k), acc(base))) for k, d in diff.items()}
+    return {k: detectable_difference(n, p, alpha=.05/len(diff), discordant=x) if x else float("inf") for k, (x, n, p) in out.items()}
+
 # %% ../nbs/10_evaluation.ipynb #c033
 def table_rows(res:dict, baseline:Optional[str]=None)->list[dict]:
     "The table, one dict a condition."
     base, chosen = baseline or baseline_of(list(res["conditions"])), (res.get("selected") or {}).get("condition")
-    diff = {p["a"]: p for p in res["paired"] if p["b"] == base and p["set"] == res["set"]}
+    diff = differences(res, base)
     share = lambda x: f"{100*x:.1f} %"
     def cell(c): return f"{share(c['accuracy'])} [{100*c['ci95'][0]:.1f}, {100*c['ci95'][1]:.1f}]"
     def row(name, c):
         d = diff.get(name)
         out = {"condition": name+(" *" if name == chosen else ""), "n": str(c["n"]), "accuracy [95 %]": cell(c)}
         out |= {k: cell(v) for k, v in c.get("sets", {}).items()} | {"cut off": share(c["truncated"]), "tokens": f"{c['mean_tokens']:.0f}"}
-        return out | {f"against {base}": f"{100*d['difference']:+.1f}" if d else "", "p": f"{d['p_mcnemar']:.2g}" if d else ""}
+        out |= {f"against {base}": f"{100*d['difference']:+.1f}" if d else "", "p": f"{d['p_mcnemar']:.2g}" if d else ""}
+        return out | ({"p Holm": f"{d['p_holm']:.2g}" if d else ""} if len(diff) > 1 else {})
     return [row(k, c) for k, c in res["conditions"].items()]
 
 # %% ../nbs/10_evaluation.ipynb #c034
-def notes(res:dict)->list[str]:
+def _could_see(res:dict, base:str)->list[str]:
+    seen = [100*x for x in detectable(res, base).values()]
+    finite, which = [x for x in seen if x < float("inf")], "" if len(seen) == 1 else ", after the correction"
+    if not seen: return []
+    if not finite: return ["Conditions disagree too rarely here for any difference to be found reliably."]
+    lo, hi = (f"{x:.1f}" for x in (min(finite), max(finite)))
+    rarely = "" if len(finite) == len(seen) else "; where two conditions hardly disagree, none"
+    return [f"Smallest difference that these items find four times in five{which}: {lo if lo == hi else f'{lo} to {hi}'} points{rarely}."]
+
+def notes(res:dict, baseline:Optional[str]=None)->list[str]:
     "What a reader of the table must know."
-    limit, engine = res["config"]["evaluate"]["max_new_tokens"], "{name} engine ({why})".format(**res["engine"])
-    out = [f"{res['model']}, {res['task']}, {res['split']} set; greedy, at most {limit} tokens, {engine}; p: exact McNemar, paired by item."]
+    base = baseline or baseline_of(list(res["conditions"]))
+    limit, engine, m = res["config"]["evaluate"]["max_new_tokens"], "{name} engine ({why})".format(**res["engine"]), len(differences(res, base))
+    out = [f"{res['model']}, {res['task']}, {res['split']} set; greedy, at most {limit} tokens, {engine}"+("; p: exact McNemar, paired by item" if m else "")
+           + (f"; p Holm: corrected for the {m} comparisons of this table." if m > 1 else ".")] + _could_see(res, base)
     if s := res.get("selected"):
         out.append(f"* chosen on the development set ({100*s['accuracy_dev']:.1f} % of {s['n_dev']}); the other checkpoints are shown, not chosen from.")
     elif res["split"] == "test" and any(c["adapter"] for c in res["conditions"].values()):
@@ -252,9 +278,11 @@ def notes(res:dict)->list[str]:
 
 def markdown(res:dict, baseline:Optional[str]=None)->str:
     "The table in markdown."
-    rows = table_rows(res, baseline)
+    return _markdown(table_rows(res, baseline), notes(res, baseline))
+
+def _markdown(rows:list[dict], said:list[str])->str:
     lines = [list(rows[0]), ["---"]*len(rows[0])] + [[r.get(k, "") for k in rows[0]] for r in rows]
-    return "\n".join("| "+" | ".join(x.replace("|", "\\|") for x in l)+" |" for l in lines)+"\n\n"+"\n".join(notes(res))+"\n"
+    return "\n".join("| "+" | ".join(x.replace("|", "\\|") for x in l)+" |" for l in lines)+"\n\n"+"\n".join(said)+"\n"
 
 # %% ../nbs/10_evaluation.ipynb #c035
 def as_csv(res:dict)->str:
@@ -283,6 +311,8 @@ class Job:
     @property
     def rows(self): return [self.records.rows[e.id] for e in self.items]
     @property
+    def label(self)->str: return self.cond.name if self.set in ("test", "dev") else f"{self.cond.name}, {self.set}"
+    @property
     def adapter(self)->Optional[str]: # the adapter's name in the engine
         return re.sub(r"\W", "_", self.cond.name) if self.cond.checkpoint else None
 
@@ -308,17 +338,21 @@ def plan(cfg:Config, task:Task, prompter:Prompter, conditions:list[Condition], e
     return jobs
 
 # %% ../nbs/10_evaluation.ipynb #c039
-def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar):
+def so_far(jobs:list[Job])->str: # such as 'zero_shot 1.0 %, few_shot 31.2 %'
+    "Accuracy of every condition that has answers."
+    right = {j.label: [r["correct"] for r in j.records.rows.values()] for j in jobs}
+    return ", ".join(f"{k} {100*sum(v)/len(v):.1f} %" for k, v in right.items() if v)
+
+def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar, jobs:list[Job]=()):
     "Answer what is left. An adapter that changes nothing is an error before it is scored."
     left = job.left
     if not left: return
     if job.adapter: check_applied(engine, job.adapter, left[0][1])
-    bar.set_description(job.cond.name if job.set in ("test", "dev") else f"{job.cond.name}, {job.set}")
+    bar.set_description(job.label)
     with job.records.writing() as add:
         for i, c in engine.generate([p for _, p in left], job.adapter, max_new_tokens):
             add(make_record(task, job.cond, job.set, left[i][0], left[i][1], c))
-            done = job.records.rows.values()
-            bar.update(); bar.set_postfix_str(f"{100*sum(r['correct'] for r in done)/len(done):.1f} % right", refresh=False)
+            bar.set_postfix_str(so_far(jobs or [job]), refresh=False); bar.update()
 
 # %% ../nbs/10_evaluation.ipynb #c041
 @contextmanager
@@ -327,7 +361,9 @@ def engine_for(cfg:Config, prompter:Prompter, jobs:list[Job], given=None):
     adapters = {j.adapter: j.cond.checkpoint for j in jobs if j.adapter and j.left}
     if given is None:
         longest = max(len(p) for j in jobs for p in j.prompts)+cfg.evaluate.max_new_tokens
-        yield open_engine(cfg, prompter.tok, prompter.stop_ids, adapters, longest)
+        engine = open_engine(cfg, prompter.tok, prompter.stop_ids, adapters, longest)
+        try: yield engine
+        finally: getattr(engine, "close", lambda: None)()  # replicas are processes
     elif isinstance(given, TransformersEngine) and adapters:
         try: given.attach(adapters, weights_hash(given.model)); yield given
         finally: given.detach()
@@ -347,7 +383,7 @@ def run_jobs(cfg:Config, prompter:Prompter, task:Task, jobs:list[Job], engine=No
     total, left = (sum(map(len, x)) for x in ([j.items for j in jobs], [j.left for j in jobs]))
     if not left: return
     with engine_for(cfg, prompter, jobs, engine) as e, tqdm(total=total, initial=total-left, **({} if progress else dict(disable=True))) as bar:
-        for j in jobs: run_job(j, e, task, cfg.evaluate.max_new_tokens, bar)
+        for j in jobs: run_job(j, e, task, cfg.evaluate.max_new_tokens, bar, jobs)
 
 # %% ../nbs/10_evaluation.ipynb #c044
 def out_path(cfg:Config)->Path: # of the results file
@@ -410,34 +446,120 @@ def load_report(path)->tuple[dict,Path]: # results, the folder of the records
 
 def read_outcomes(folder:Path, cond:str)->dict: # item -> right?
     "Of one condition, from its records."
-    rows = [json.loads(l) for l in (folder/f"{cond}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {(r["id"], r["gold"]): r["correct"] for r in rows if "id" in r}
+    return {(r["id"], r["gold"]): r["correct"] for r in read_records(folder, cond)}
+
+def read_records(folder:Path, cond:str)->list[dict]:
+    "The answers of one condition to the main set."
+    path = folder/f"{cond}.jsonl"
+    if not path.is_file(): raise InputError(f"{str(path)!r}: no such file; the answers lie beside the results file that `evaluate` wrote")
+    return [r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "id" in r]
+
+def pick_checkpoint(res:dict, where)->str: # the condition's name
+    "The checkpoint that stands for a run: dev's choice, or else the last."
+    trained = [k for k, c in res["conditions"].items() if c.get("adapter")]
+    if not trained: raise InputError(f"{str(where)!r}: holds no checkpoint to compare with")
+    return (res.get("selected") or {}).get("condition") or trained[-1]
 
 # %% ../nbs/10_evaluation.ipynb #c055
 def with_baseline(res:dict, records:Path, other)->tuple[dict,str]: # results with one condition more, its name
     "Add the checkpoint of another run as the baseline of all differences."
     theirs, folder = load_report(other)
-    trained = [k for k, c in theirs["conditions"].items() if c.get("adapter")]
-    if not trained: raise InputError(f"{str(other)!r}: holds no checkpoint to compare with")
-    pick = (theirs.get("selected") or {}).get("condition") or trained[-1]
+    pick = pick_checkpoint(theirs, other)
     base, name = read_outcomes(folder, pick), f"{Path(theirs['config']['run']).name}:{pick}"
     more = [dict(a=k, b=name, set=res["set"]) | compare(read_outcomes(records, k), base) for k in res["conditions"]]
     return res | dict(conditions=res["conditions"] | {name: theirs["conditions"][pick]}, paired=res["paired"]+more), name
 
+# %% ../nbs/10_evaluation.ipynb #c055b
+def _same_but_seed(loaded:list, runs:list):
+    "Raises `InputError` where runs differ in more than seed and place, or hold the same adapters."
+    free = ("seed:", "run:", "evaluate.")
+    first, kept = loaded[0][0], lambda res: [res[k] for k in ("model", "task", "split", "set")]+[res["config"]["evaluate"]["max_new_tokens"]]
+    for (res, _), run in zip(loaded[1:], runs[1:]):
+        odd = [d for d in diff_configs(first["config"], res["config"]) if not d.startswith(free)]
+        if odd or kept(res) != kept(first): raise InputError(f"{str(run)!r} and {str(runs[0])!r} differ in more than their seed: {'; '.join(odd) or f'{kept(first)} -> {kept(res)}'}")
+    seen = [tuple(c["adapter"] for c in res["conditions"].values() if c.get("adapter")) for res, _ in loaded]
+    if not all(seen): raise InputError(f"{str(runs[seen.index(())])!r}: no checkpoint in it; the base model has no seeds")
+    if len(set(seen)) < len(seen): raise InputError("two of the runs hold the same adapters: they are one seed, evaluated twice")
+
+# %% ../nbs/10_evaluation.ipynb #c055c
+def _matrix(per_seed:list[dict], items:list)->list: # seeds x items
+    if any(r.keys() != set(items) for r in per_seed): raise InputError("seeds can be combined on the same items only: finish all evaluations first")
+    return [[float(r[i]) for i in items] for r in per_seed]
+
+def combine(
+    runs:list, # folders or results files of runs that differ in their seed
+    against:list=(), # as many runs of another arm
+)->dict: # n, seeds, base, and per condition: mean, se, interval, per_seed, and the difference to the baseline
+    "Several seeds as one arm."
+    loaded, others = [load_report(r) for r in runs], [load_report(r) for r in against]
+    for part, named in ((loaded, runs), (others, against)):
+        if part: _same_but_seed(part, named)
+    if others and len(others) != len(loaded): raise InputError(f"seeds are paired: {len(loaded)} runs need {len(loaded)} to compare with, got {len(others)}")
+    first = loaded[0][0]
+    arms = {k: [read_outcomes(f, k) for _, f in loaded] for k in first["conditions"] if all(k in res["conditions"] for res, _ in loaded)}
+    if all(res.get("selected") for res, _ in loaded): arms["chosen on dev *"] = [read_outcomes(f, res["selected"]["condition"]) for res, f in loaded]
+    base = baseline_of(list(arms))
+    if others: base = "the other arm"; arms[base] = [read_outcomes(f, pick_checkpoint(res, w)) for (res, f), w in zip(others, against)]
+    items = list(arms[base][0])
+    m = {k: _matrix(v, items) for k, v in arms.items()}
+    rows = {k: _combined(m[k], None if k == base else m[base], (first["conditions"].get(k) or {"adapter": 1})["adapter"]) for k in m}
+    if len(claims := {k: r["difference"]["p"] for k, r in rows.items() if r["difference"]}) > 1:
+        for k, p in holm(claims).items(): rows[k]["difference"]["p_holm"] = p
+    return dict(n=len(items), seeds=len(loaded), base=base, conditions=rows, results=first)
+
+# %% ../nbs/10_evaluation.ipynb #c055d
+def _combined(m:list, base:Optional[list], trained)->dict:
+    "One condition over its seeds; the base model, which has none, by its items."
+    entry = lambda s: dict(mean=s.mean, se=s.se, interval=list(s.wider), per_seed=s.per_seed)
+    diff = None
+    if base is not None and (trained or m != base):
+        s = combine_seeds([[x-y for x, y in zip(*rows)] for rows in zip(m, base)])
+        diff = entry(s) | dict(p=s.p) if s.se > 1e-12 else None   # two conditions of the base model: no seeds between them
+    if trained: return entry(combine_seeds(m)) | dict(difference=diff)
+    if any(r != m[0] for r in m): raise InputError("the base model's answers differ between the runs: they were not evaluated alike")
+    k, n = int(sum(m[0])), len(m[0])
+    return dict(mean=k/n, se=None, interval=list(wilson(k, n)), per_seed=[k/n], difference=diff)
+
+def combined_rows(x:dict)->list[dict]:
+    "The table of several seeds."
+    pm = lambda r, sign="": f"{100*r['mean']:{sign}.1f}"+(f" ± {100*r['se']:.1f}" if r["se"] is not None else "")
+    cell = lambda r, sign="": f"{pm(r, sign)} [{', '.join(f'{100*v:{sign}.1f}' for v in r['interval'])}]"
+    many = sum(bool(r["difference"]) for r in x["conditions"].values()) > 1
+    def row(k, r):
+        d, out = r["difference"], {"condition": k, "seeds": str(len(r["per_seed"])) if r["se"] is not None else "", "accuracy ± se [95 %]": cell(r)}
+        out |= {f"against {x['base']}": cell(d, "+") if d else "", "p": f"{d['p']:.2g}" if d else ""}
+        return out | ({"p Holm": f"{d['p_holm']:.2g}" if d else ""} if many else {})
+    return [row(k, r) for k, r in x["conditions"].items()]
+
+def combined_notes(x:dict)->list[str]:
+    res, m = x["results"], sum(bool(r["difference"]) for r in x["conditions"].values())
+    return [f"{res['model']}, {res['task']}, {res['split']} set, n = {x['n']}, {x['seeds']} seeds; ± standard error over seeds; [the wider of hierarchical bootstrap and Student's interval; Wilson's for the base model]; "
+            "p: Student's over the seeds' differences"+(f"; p Holm: corrected for the {m} comparisons of this table." if m > 1 else "."),
+            *(["* each seed's own checkpoint, chosen on its development set."] if "chosen on dev *" in x["conditions"] else [])]
+
 # %% ../nbs/10_evaluation.ipynb #c056
 def report(
-    path, # a run's folder, or a results file
-    against=None, # another run (SFT's), whose checkpoint becomes the baseline
+    path, # a run's folder or a results file; or a list of them: runs that differ in their seed
+    against=None, # another run (SFT's), whose checkpoint becomes the baseline; for a list, as many
 )->dict: # the results
-    "Print the table again."
-    from rich.console import Console
-    from rich.table import Table
+    "Print the table again; several seeds as one."
+    several = isinstance(path, (list, tuple)) and len(path) > 1
+    path, against = (x[0] if isinstance(x, (list, tuple)) and len(x) == 1 and not several else x for x in (path, against or None))
+    if several:
+        x = combine(list(path), list(against or ()) if isinstance(against, (list, tuple, type(None))) else [against])
+        _print_table(combined_rows(x), combined_notes(x))
+        return x
+    if isinstance(against, (list, tuple)): raise InputError(f"one run is compared with one, not with {len(against)}")
     res, records = load_report(path)
     res, base = with_baseline(res, records, against) if against else (res, None)
-    rows, table = table_rows(res, base), Table()
+    _print_table(table_rows(res, base), notes(res, base))
+    return res
+
+def _print_table(rows:list[dict], said:list[str]):
+    from rich.console import Console
+    from rich.table import Table
+    table, console = Table(), Console()
     for i, k in enumerate(rows[0]): table.add_column(k, justify="right" if i else "left")
     for r in rows: table.add_row(*(r.get(k, "") for k in rows[0]))
-    console = Console()
     console.print(table)
-    for n in notes(res): console.print(n, highlight=False, markup=False)
-    return res
+    for n in said: console.print(n, highlight=False, markup=False)
