@@ -14,7 +14,7 @@ __all__ = ['SHOW', 'Condition', 'base_condition', 'find_checkpoints', 'find_cond
 # %% ../nbs/10_evaluation.ipynb #c003
 import csv, hashlib, html, io, itertools, json, os, re, tempfile, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 

@@ -12,8 +12,8 @@ from statsmodels.stats.multitest import multipletests
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, load_config, to_yaml
-from icl_distill.evaluation import (Condition, Records, as_csv, base_condition, detectable, evaluate, find_checkpoints, find_conditions, load_report, make_prompts,
-    markdown, pairs_of,
+from icl_distill.evaluation import (SHOW, Answered, Condition, Records, answered, as_csv, base_condition, browse, chosen, detectable, evaluate, find_checkpoints, find_conditions, load_report, make_prompts,
+    markdown, page, pairs_of,
                                     report, selected, summary, table_rows, with_baseline)
 from icl_distill.generation import Completion, TransformersEngine, open_engine
 from icl_distill.hub import InputError, load_tokenizer
@@ -334,7 +334,7 @@ def test_the_bar_counts_all_conditions_and_says_how_they_do(cfg, tok, capsys):
 # the real command, killed
 
 command = [sys.executable, "-c", "from icl_distill.cli import main; main()"]
-env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -399,3 +399,45 @@ def test_a_replica_that_dies_is_no_result(small, tmp_path):
     bad = open_engine(replace(c, model=replace(c.model, name=str(tmp_path/"none"))), t, [0])
     with pytest.raises(InputError, match="none"): list(bad.generate(prompts, None, 4))
     bad.close()
+
+# reading the answers
+
+def test_answers_side_by_side(cfg, tok, tmp_path):
+    go(cfg, Fake(tok, lambda arm, i: i < (5 if arm == "zero_shot" else 3) or arm == "few_shot" and i > 16))
+    rows = answered(cfg.run, "zero_shot", "few_shot")
+    assert [r.id for r in rows] == [e.id for e in load_task(cfg.task).tests["test"]] and rows == answered(Path(cfg.run)/"evaluation"/"results.json")
+    zero, few = (rows[2].prompts[k] for k in ("zero_shot", "few_shot"))
+    assert few.endswith(zero) and few.count("Question:") == 4 and zero.count("Question:") == 1 and rows[2].question in zero
+    ids = {k: [int(r.question.split()[2][:-1]) for r in chosen(rows, k, "zero_shot", "few_shot")] for k in SHOW}
+    assert ids == dict(all=[*range(20)], right=[0, 1, 2, 3, 4], wrong=[*range(5, 20)], flipped=[3, 4, 17, 18, 19], lost=[3, 4], won=[17, 18, 19])
+    for bad, why in ((dict(show="odd"), "must be one of"), (dict(show="won"), "name another")):
+        with pytest.raises(InputError, match=why): chosen(rows, a="zero_shot", **bad)
+    with pytest.raises(InputError, match="'nobody'.*zero_shot, few_shot"): answered(cfg.run, "nobody")
+
+def test_a_prompt_that_was_not_asked_is_not_shown(cfg, tok):
+    go(cfg, Fake(tok))
+    path = Path(cfg.run)/"evaluation"/"results.json"
+    res = json.loads(path.read_text()); res["config"]["prompt"]["question_format"] = "Q: {question}"; path.write_text(json.dumps(res))
+    with pytest.raises(InputError, match="another prompt today"): answered(cfg.run)
+    (path.parent/"records"/"zero_shot.jsonl").unlink()
+    with pytest.raises(InputError, match="zero_shot.jsonl.*no such file"): answered(cfg.run, "zero_shot")
+
+def test_what_a_model_wrote_is_escaped():
+    r = dict(correct=False, truncated=True, text="<script>x</script> & </pre>")
+    out = page([Answered("a<b", "1 < 2?", "<3>", {"c": "<s>"}, {"c": r})])
+    assert not re.search(r"<script|<s>|a<b|1 < 2|<3>", out) and "&lt;script&gt;" in out and "✗ wrong, cut off" in out and out._repr_html_() == out and "prompt of c" in out
+    assert page([]).count("<tr>") == 1
+
+def test_browser(cfg, tok, monkeypatch):
+    go(cfg, Fake(tok, lambda arm, i: i < (5 if arm == "zero_shot" else 9)))
+    pytest.importorskip("ipywidgets")
+    box = browse(cfg.run, "zero_shot", "few_shot", show="flipped", n=2)
+    (which, at, count), out = box.children[0].children, box.children[1]
+    assert count.value == "4 of 20 items" and at.max == 2 and out.value.count("<tr>") == 3 and set(which.options) == set(SHOW)
+    first = out.value; at.value = 2
+    assert out.value != first and out.value.count("<tr>") == 3
+    which.value = "lost"
+    assert count.value == "0 of 20 items" and (at.value, at.max) == (0, 0) and out.value.count("<tr>") == 1
+    assert set(browse(cfg.run, "zero_shot").children[0].children[0].options) == {"all", "right", "wrong"}
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert browse(cfg.run, "zero_shot", "few_shot", show="flipped", n=2) == first
