@@ -392,12 +392,12 @@ def answer(self:VLLMEngine,
     **sampling, # arguments of `vllm.SamplingParams`
 )->Iterator[tuple[int, object]]: # (index of the prompt, vLLM's `RequestOutput`), in the order in which they finish
     "Greedy answers to prompts under adapters of their own."
-    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
     if unknown := [a for a in adapters if a not in self.requests]: raise InputError(f"adapter {unknown[0]!r}: vLLM was started with {', '.join(filter(None, self.requests)) or 'none'}")
-    engine, params, open_ = self.llm.llm_engine, SamplingParams(temperature=0, detokenize=False, **sampling), set()
+    engine, params, open_ = self.llm.llm_engine, SamplingParams(temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling), set()
     try:
         for i, (p, a) in enumerate(zip(prompts, adapters)):
-            open_.add(engine.add_request(str(i), dict(prompt_token_ids=p), params, lora_request=self.requests[a]) or str(i))
+            open_.add(engine.add_request(str(i), dict(type="token", prompt_token_ids=p), params, lora_request=self.requests[a]) or str(i))
         while engine.has_unfinished_requests(): yield from ((int(o.request_id), o) for o in engine.step() if o.finished)
         open_.clear()
     finally:
