@@ -369,11 +369,12 @@ def _cost_panel(ax, key:str, rows:list, costs:list):
     ax.alt = f"Scatter plot, accuracy against {COSTS[key]}: "+"; ".join(f"{r[0]} {x:,.4g}, {r[2]['accuracy']:.1%}" for r, x in zip(rows, costs))+"."
 
 # %% ../nbs/11_figures.ipynb #c050
-def _record_lines(path:Path)->list[dict]: # without the header
+def _record_lines(path:Path)->list[dict]: # without the header, and without the lines that say how long a session took
     "The records in a file of `evaluate`."
     try: rows = [json.loads(l) for l in Path(path).read_text(encoding="utf-8").splitlines() if l.strip()]
     except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror}); expected a records file of `evaluate`") from e
     except ValueError as e: raise InputError(f"{path}: not JSON lines ({e}); run the evaluation again, it finishes what is missing") from e
+    rows = [r for r in rows if not (isinstance(r, dict) and "seconds" in r and "id" not in r)]
     return rows[1:] if rows and isinstance(rows[0], dict) and not {"id", "correct"} & rows[0].keys() else rows
 
 def load_records(

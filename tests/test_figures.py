@@ -204,7 +204,7 @@ def test_flips():
 
 def test_records_file(tmp_path):
     f = tmp_path/"r.jsonl"
-    f.write_text('{"config_hash": "h"}\n{"id": "x", "correct": true}\n')
+    f.write_text('{"config_hash": "h"}\n{"id": "x", "correct": true}\n{"seconds": 1.5, "n": 1}\n')
     assert load_records(f) == {("test", "x"): True}
     f.write_text('{"config_hash": "h"}\n{"id": "x", "corr')               # killed while writing
     with pytest.raises(InputError, match="run the evaluation again"): load_records(f)
