@@ -513,9 +513,9 @@ def _combined(m:list, base:Optional[list], trained)->dict:
     "One condition over its seeds; the base model, which has none, by its items."
     entry = lambda s: dict(mean=s.mean, se=s.se, interval=list(s.wider), per_seed=s.per_seed)
     diff = None
-    if base is not None and (trained or m != base):
+    if base is not None and (trained or any(r != base[0] for r in base)):  # between two conditions of the base model there are no seeds
         s = combine_seeds([[x-y for x, y in zip(*rows)] for rows in zip(m, base)])
-        diff = entry(s) | dict(p=s.p) if s.se > 1e-12 else None   # two conditions of the base model: no seeds between them
+        diff = entry(s) | dict(p=s.p)
     if trained: return entry(combine_seeds(m)) | dict(difference=diff)
     if any(r != m[0] for r in m): raise InputError("the base model's answers differ between the runs: they were not evaluated alike")
     k, n = int(sum(m[0])), len(m[0])
