@@ -138,8 +138,8 @@ class EvaluateConfig:
     engine: str = _one_of("auto", "transformers", "vllm") # auto: vllm where it is installed and a GPU is there
     batch_size: int = _positive(32)   # transformers: rows generated at once
     max_new_tokens: int = _positive(400) # an answer that is longer is cut, and counted as truncated
-    tensor_parallel_size: int = _positive(1) # vllm
-    data_parallel_size: int = _positive(1)   # vllm
+    tensor_parallel_size: int = _positive(1) # vllm: GPUs for one copy of the model
+    data_parallel_size: int = _positive(1) # copies of the model, each in a process of its own
     output: Optional[str] = None      # the results file; default: evaluation/results.json in the run's folder
 
 # %% ../nbs/00_config.ipynb #c010

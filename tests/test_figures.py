@@ -174,6 +174,22 @@ def test_cost(arms):
     with pytest.raises(InputError, match="mean_tokens"): cost_accuracy(arms)
 
 
+def test_quickstart_arms_look_like_arms():
+    r = results(zero_shot=cell(5), sft=cell(90), distill=cell(95))
+    fig = cost_accuracy(r)
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == ["Base, 0-shot", "SFT", "SFT + distillation"]
+    assert fig.axes[0].get_xscale() == "linear" and fig.axes[0].get_xlim()[0] == 0   # all cost about the same
+
+
+def test_end_labels_keep_apart(tmp_path):
+    for name, end in (("a", .30), ("b", .31)):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"metrics.jsonl").write_text("".join(json.dumps(dict(step=s, ce=end+1/s))+"\n" for s in range(1, 40)))
+    fig = loss_curves({"SFT": tmp_path/"a", "SFT + distillation": tmp_path/"b"})
+    a, b = sorted(t.xy[1] for t in fig.axes[0].texts if t.get_text().startswith("0.3"))
+    assert b-a >= .04*fig.axes[0].get_ylim()[1]
+
+
 def rec(i, ok): return dict(id=i, correct=ok)
 
 
@@ -188,7 +204,7 @@ def test_flips():
 
 def test_records_file(tmp_path):
     f = tmp_path/"r.jsonl"
-    f.write_text('{"config_hash": "h"}\n{"id": "x", "correct": true}\n')
+    f.write_text('{"config_hash": "h"}\n{"id": "x", "correct": true}\n{"seconds": 1.5, "n": 1}\n')
     assert load_records(f) == {("test", "x"): True}
     f.write_text('{"config_hash": "h"}\n{"id": "x", "corr')               # killed while writing
     with pytest.raises(InputError, match="run the evaluation again"): load_records(f)

@@ -11,7 +11,7 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Lla
 
 from icl_distill.config import Config, EvaluateConfig
 from icl_distill.generation import (RowsLayer, TransformersEngine, borrowed, check_applied, check_prompts, choose_engine, common_prefix, kv_bytes,
-    left_pad, lora_rank,
+    left_pad, lora_rank, replica_devices,
                                     open_engine, sees_all)
 from icl_distill.hub import InputError
 
@@ -227,8 +227,17 @@ def test_engine_choice(monkeypatch):
     assert choose_engine()[0] == "vllm"
 
 def test_options_that_need_more(monkeypatch):
-    for ev, msg in ((dict(engine="transformers", tensor_parallel_size=2), "needs evaluate.engine=vllm"), (dict(data_parallel_size=2), "one command per GPU")):
-        with pytest.raises(InputError, match=msg): open_engine(Config(evaluate=EvaluateConfig(**ev)), Words(), [0])
+    for more in ({}, dict(data_parallel_size=2)):
+        with pytest.raises(InputError, match="needs evaluate.engine=vllm"): open_engine(Config(evaluate=EvaluateConfig(engine="transformers", tensor_parallel_size=2, **more)), Words(), [0])
+
+def test_devices_of_replicas(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False); monkeypatch.delenv("OMP_NUM_THREADS", raising=False); monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert replica_devices(3) == [dict(OMP_NUM_THREADS="2")]*3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True); monkeypatch.setattr(torch.cuda, "device_count", lambda: 4); monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert replica_devices(2, 2) == [dict(CUDA_VISIBLE_DEVICES=x) for x in ("0,1", "2,3")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,6")
+    assert replica_devices(3) == [dict(CUDA_VISIBLE_DEVICES=x) for x in "576"]
+    with pytest.raises(InputError, match="needs 4; 3 are visible"): replica_devices(2, 2)
 
 def test_rank(tmp_path):
     for i, r in enumerate((4, 24)): (tmp_path/str(i)).mkdir(); (tmp_path/str(i)/"adapter_config.json").write_text(json.dumps(dict(r=r)))

@@ -105,6 +105,15 @@ def test_seeds():
     assert abs(d.mean) < 1e-12
 
 
+def test_the_wider_interval_and_the_test_over_seeds():
+    d = np.repeat([[.02], [.05], [.03], [.06]], 8, 1)
+    r = combine_seeds(d)
+    assert r.wider == r.t_ci and math.isclose(r.p, stats.ttest_1samp(d[:, 0], 0).pvalue)
+    row = np.arange(100) < 40
+    assert combine_seeds([row]*3).wider == combine_seeds([row]*3).ci
+    assert combine_seeds([row]*3).p == 0 and combine_seeds(np.zeros((3, 5))).p == 1   # no spread: certain, one way or the other
+
+
 def test_seeds_known_cases():
     row = np.arange(1000) < 620
     np.testing.assert_allclose(combine_seeds([row]*4).ci, wilson(620, 1000), atol=2.5e-3)
