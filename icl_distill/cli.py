@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Conf', 'Over', 'run_quickstart', 'verdict', 'quickstart', 'train', 'evaluate', 'report', 'figures', 'config',
-           'align', 'export_model', 'export', 'main']
+           'align', 'estimate', 'export_model', 'export', 'main']
 
 # %% ../nbs/12_cli.ipynb #c003
 from dataclasses import replace
@@ -139,6 +139,15 @@ def align(config:Conf, overrides:Over=None, index:Annotated[int, typer.Option(he
     for s, t, x, y, predicts in align_rows(tok, al): table.add_row(str(s), str(t), x, y, predicts or "", style="bold" if predicts else "dim")
     console.print(prompter.render(contexts(usable[index]), usable[index].question).plain, markup=False, highlight=False, style="dim")
     console.print(table)
+
+# %% ../nbs/12_cli.ipynb #c014b
+@_command("icl-distill estimate online_v1 --processes 4 --accelerator A100-80GB")
+def estimate(config:Conf, overrides:Over=None, processes:Annotated[int, typer.Option(help="GPUs")]=1,
+             accelerator:Annotated[Optional[list[str]], typer.Option(help="a name in the table, or several; default: all")]=None,
+             share:Annotated[Optional[float], typer.Option(help="of an accelerator's peak that is reached; default: 0.4, an assumption")]=None):
+    "What a run will need: parameters, memory per GPU, FLOPs of a step, time on named accelerators. No weights are loaded."
+    from icl_distill.estimate import SHARE, estimate as plan, show_estimate
+    show_estimate(plan(load_config(config, overrides or [], "train"), processes, accelerator, SHARE if share is None else share))
 
 # %% ../nbs/12_cli.ipynb #c016
 def export_model(checkpoint, out, dtype:str=None):

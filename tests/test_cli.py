@@ -68,7 +68,7 @@ def said(err, words, nothing=None):
 
 # help
 
-@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "report", "figures", "config", "align", "export"])
+@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "report", "figures", "config", "align", "estimate", "export"])
 def test_help_has_an_example(name):
     "The example stands there as it has to be typed."
     out = " ".join(fine(name, "--help").split())
