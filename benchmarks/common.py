@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from icl_distill.alignment import Aligned, pack
 from icl_distill.config import load_config
+from icl_distill.estimate import step_flops
 from icl_distill.hub import load_tokenizer
 from icl_distill.models import add_lora, base_of, body_of, environment, frozen_head, load_model
 from icl_distill.prompts import Prompter
@@ -91,15 +92,10 @@ def high_water()->int: # bytes; not ru_maxrss, which a child inherits from the p
 def in_child(*extra)->str: # the last word printed by this script in a process of its own, with `extra` arguments
     return subprocess.run([sys.executable, *sys.argv, *extra], capture_output=True, text=True, check=True).stdout.split()[-1]
 
-def linear_params(model)->int: # N: weights that each token is multiplied by, head and adapters apart
-    return sum(p.numel() for n, p in body_of(model).named_parameters() if p.dim() == 2 and "lora_" not in n and "embed" not in n)
-
-def floor_flops(model, mode:str, batch)->float:
-    "The fewest operations of a step: 2N forward and 2N for the gradient of the activations per student token, 2N per token of question and answer for a teacher with the context's cache; the head at answer positions only."
-    N, head = linear_params(model), 2*base_of(model).get_output_embeddings().weight.numel()
-    tokens, answers = sum(len(a.student_ids) for a in batch), sum(a.n_answer for a in batch)
-    teacher = mode in ("distill_online", "distill_plain")
-    return (4+2*teacher)*N*tokens+(2+teacher)*head*answers
+def least_flops(model, mode:str, batch)->float:
+    "The fewest operations that a step needs: no teacher, or one that has the context's keys and values; the head at answer positions only (see `icl_distill.estimate`)."
+    tokens = [[f(a) for a in batch] for f in (lambda a: len(a.student_ids), lambda a: len(a.teacher_ids), lambda a: a.n_answer)]
+    return step_flops(base_of(model).config, *tokens, mode=dict(sft="sft", distill_remembered="remembered").get(mode, "cached"))["total"]
 
 def matmul_rate(model, tokens:int, device, dtype)->float: # FLOP/s of the model's largest projection, best of ten
     w = max((p for n, p in body_of(model).named_parameters() if p.dim() == 2 and "lora_" not in n and "embed" not in n), key=lambda p: p.numel()).detach()

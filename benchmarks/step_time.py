@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from common import MODES, Steps, arguments, batches_of, configure, data_of, floor_flops, high_water, in_child, machine, matmul_rate, median, timed, write
+from common import MODES, Steps, arguments, batches_of, configure, data_of, least_flops, high_water, in_child, machine, matmul_rate, median, timed, write
 from icl_distill.hub import load_tokenizer
 
 LIMITS = dict(cpu=dict(online=1.6, remembered=1.10, plain_over_online=2.0, memory=1.15), cuda=dict(online=1.5, remembered=1.05, plain_over_online=3.0, memory=1.10))
@@ -39,7 +39,7 @@ def main():
     for b in batches:
         for m in MODES: seconds[m].append(timed(steps, m, b))
     rate = matmul_rate(steps.model, max(len(a.student_ids) for a in batches[0])*args.batch, steps.acc.device, getattr(torch, args.dtype))
-    share = {m: median(floor_flops(steps.model, m, b)/s/rate for b, s in zip(batches, seconds[m])) for m in MODES}
+    share = {m: median(least_flops(steps.model, m, b)/s/rate for b, s in zip(batches, seconds[m])) for m in MODES}
     del steps
     mid, memory = {m: median(v) for m, v in seconds.items()}, {m: int(in_child("--peak", m)) for m in MODES}
     count = lambda f: [sum(map(f, b)) for b in batches]
