@@ -313,16 +313,17 @@ def _oom_hint(f, micro):
 
 
 # %% ../nbs/07_train.ipynb #c038
-def _parts(cfg:Config, run:Path, data:Data, model, tok, base_hash:str, main:bool):
-    "Head, teacher (None for SFT) and optimiser of a run."
-    t = cfg.train
-    if t.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
+def _head_and_optimizer(model, cfg:Config, main:bool):
+    if cfg.train.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
     head = frozen_head(model)
     if head is None:
         head = base_of(model).get_output_embeddings()
         if main: print("the output head carries an adapter: the plain loss is used, with all logits at once")
-    teacher = Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes, _memory(cfg, base_hash, run)) if cfg.loss.weight else None
-    return head, teacher, _optimizer(model, cfg)
+    return head, _optimizer(model, cfg)
+
+def _teacher(model, head, cfg:Config, run:Path, data:Data, tok, base_hash:str)->Optional[Teacher]: # None for SFT
+    if cfg.loss.weight: return Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes, _memory(cfg, base_hash, run))
+
 
 # %% ../nbs/07_train.ipynb #c038b
 def _bring_back(teacher:Teacher, data:Data, cfg:Config, step:int, rank:int, world:int, progress:bool=False):
@@ -365,14 +366,15 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     "The loop."
     from accelerate.utils import set_seed
     t, main = cfg.train, accelerator.is_main_process
-    head, teacher, optimizer = _parts(cfg, run, data, model, tok, base_hash, main)
+    head, optimizer = _head_and_optimizer(model, cfg, main)
     step, sums, last = 0, torch.zeros(len(SUMS)), done[-1] if done else None
     set_seed(cfg.seed, device_specific=True)
     data_hash = data.hash
     if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash, data_hash)
-    if teacher and teacher.memory: _bring_back(teacher, data, cfg, step, accelerator.process_index, accelerator.num_processes, progress)
     if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
     student, optimizer = accelerator.prepare(Student(model), optimizer)
+    teacher = _teacher(model, head, cfg, run, data, tok, base_hash) # after `prepare`: DDP writes the first process's weights over the others', and a teacher notices
+    if teacher and teacher.memory: _bring_back(teacher, data, cfg, step, accelerator.process_index, accelerator.num_processes, progress)
     if t.tracker: accelerator.init_trackers("tensorboard", {})
     sums, size = sums.to(accelerator.device), t.batch_size*t.accumulation*accelerator.num_processes
     model.train()
