@@ -76,14 +76,16 @@ class Contexts:
         if not fine: raise InputError(f"example {example.id!r} is a shot of its own context: leave it out of training (see `reserved`)")
         return fine[random.Random(f"{self.cfg.seed}:{i}").randrange(len(fine))]
 
-    def _others(self, example:Example, seed:str)->list[int]:
-        "Places of the shots drawn from all examples but this one and those that ask the same."
-        own = sorted({*self.places.get(("id", example.id), ()), *self.places.get(("question", example.question), ())})
-        n, k = len(self.train)-len(own), self.cfg.n_shots
-        if n < k: raise InputError(f"example {example.id!r}: there are only {n} other questions for context.n_shots={k}")
-        drawn = list(_draw(range(n), k, seed))  # as if those at `own` were not there
-        for p in own: drawn = [j+(j >= p) for j in drawn]
-        return drawn
+# %% ../nbs/02_prompts.ipynb #c011a
+def _others(self:Contexts, example:Example, seed:str)->list[int]:
+    "Places of the shots drawn from all examples but this one and those that ask the same."
+    own = sorted({*self.places.get(("id", example.id), ()), *self.places.get(("question", example.question), ())})
+    n, k = len(self.train)-len(own), self.cfg.n_shots
+    if n < k: raise InputError(f"example {example.id!r}: there are only {n} other questions for context.n_shots={k}")
+    drawn = list(_draw(range(n), k, seed))  # as if those at `own` were not there
+    for p in own: drawn = [j+(j >= p) for j in drawn]
+    return drawn
+Contexts._others = _others
 
 # %% ../nbs/02_prompts.ipynb #c015
 DATE = "26 Jul 2024"  # what Llama 3's template writes where it knows no date

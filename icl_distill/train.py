@@ -323,18 +323,18 @@ def _oom_hint(f, micro):
 
 
 # %% ../nbs/07_train.ipynb #c038
-def _parts(cfg:Config, run:Path, data:Data, model, tok, base_hash:str, main:bool, world:int):
-    "Head, teacher (None for SFT) and optimiser of a run."
-    t = cfg.train
-    if t.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
+def _head_and_optimizer(model, cfg:Config, main:bool):
+    if cfg.train.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)); model.enable_input_require_grads()
+    if cfg.train.compile: body_of(model).compile(dynamic=True)
     head = frozen_head(model)
-    if t.compile: body_of(model).compile(dynamic=True)
     if head is None:
         head = base_of(model).get_output_embeddings()
         if main: print("the output head carries an adapter: the plain loss is used, with all logits at once")
-    teacher = Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes,
-                      _memory(cfg, base_hash, run), cfg.teacher.cache_gib*2**30, first_batches(data, t, cfg.seed, world)) if cfg.loss.weight else None
-    return head, teacher, _optimizer(model, cfg)
+    return head, _optimizer(model, cfg)
+
+def _teacher(model, head, cfg:Config, run:Path, data:Data, tok, base_hash:str, world:int)->Optional[Teacher]: # None for SFT
+    if cfg.loss.weight: return Teacher(model, head, tok.pad_token_id, cfg.teacher.top_k, cfg.loss.temperature, data.prefixes,
+                                       _memory(cfg, base_hash, run), cfg.teacher.cache_gib*2**30, first_batches(data, cfg.train, cfg.seed, world))
 
 # %% ../nbs/07_train.ipynb #c039
 def _log(run:Path, step:int, sums, norm:float, lr:float, accelerator, bar):
@@ -356,13 +356,14 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     "The loop."
     from accelerate.utils import set_seed
     t, main = cfg.train, accelerator.is_main_process
-    head, teacher, optimizer = _parts(cfg, run, data, model, tok, base_hash, main, accelerator.num_processes)
+    head, optimizer = _head_and_optimizer(model, cfg, main)
     step, sums, last = 0, torch.zeros(len(SUMS)), done[-1] if done else None
     set_seed(cfg.seed, device_specific=True)
     data_hash = data.hash
     if done: step, sums = load_state(last, cfg, model, optimizer, accelerator, base_hash, data_hash)
     if main: _start_run(run, cfg, data); _cut_metrics(run/"metrics.jsonl", step)
     student, optimizer = accelerator.prepare(Student(model), optimizer)
+    teacher = _teacher(model, head, cfg, run, data, tok, base_hash, accelerator.num_processes) # after `prepare`: DDP writes the first process's weights over the others', and a teacher notices
     if t.tracker: accelerator.init_trackers("tensorboard", {})
     sums, size = sums.to(accelerator.device), t.batch_size*t.accumulation*accelerator.num_processes
     model.train()

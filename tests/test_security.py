@@ -152,7 +152,7 @@ def test_nothing_is_fetched_and_no_token_is_kept(folder, tmp_path):
 
 def test_a_hub_id_is_what_is_asked_for(tmp_path):
     "The guard of the test above works: a name on the hub is looked for there, and only there; where that fails, the message says so without the token."
-    code = NO_NETWORK+"from icl_distill.train import main\nmain(sys.argv[2:])"
+    code = NO_NETWORK+"import time\ntime.sleep = lambda s: None # between attempts\nfrom icl_distill.train import main\nmain(sys.argv[2:])"
     env = {k: v for k, v in environment().items() if k != "HF_HUB_OFFLINE"} | dict(HF_TOKEN=TOKEN, HF_HOME=str(tmp_path/"hf"), HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"tried"), "quickstart", "model.name=nobody/nothing", f"run={tmp_path/'run'}", "task.n_train=5", "task.n_test=2", "task.n_dev=2"], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "error: the tokenizer of model 'nobody/nothing' could not be loaded" in done.stderr and TOKEN not in done.stdout+done.stderr, done.stderr
