@@ -13,7 +13,7 @@ from icl_distill.hub import InputError
 from icl_distill.prompts import DATE, Context, Prompter
 from icl_distill.tasks import Example, Task, read_jsonl
 
-from test_alignment import ARMS, LITERALS, PIECES, SHOTS, check_brute, n_control, prompter, tokenizer
+from test_alignment import ARMS, LITERALS, PIECES, SHOTS, check_brute, lossless, n_control, prompter, tokenizer
 
 def many(n): return settings(max_examples=n*settings.default.max_examples//100)
 
@@ -34,7 +34,7 @@ def test_texts(arm, q, a, sq, sa, text):
 
 @pytest.mark.parametrize("arm", ARMS)
 @many(5)
-@given(wild.filter(str.strip), st.integers(500, 3000), st.sampled_from([512, 10**6]))
+@given(st.one_of(st.sampled_from(["ab ", "<|im_end|>x", "🇩🇪 ", "#### 7\n", "שלום "]), wild.filter(lambda s: s.strip() and lossless(s))), st.integers(500, 3000), st.sampled_from([512, 10**6]))
 def test_huge_texts(arm, piece, times, most):
     "Too long is said, with the length; nothing is cut to fit."
     e, p = Example("huge-1", "Why? "+piece*times+"?", "So "+piece), prompter(arm, max_student_tokens=most, max_teacher_tokens=most)
