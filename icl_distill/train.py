@@ -390,6 +390,12 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     if t.tracker: accelerator.end_training()
     return last
 
+# %% ../nbs/07_train.ipynb #c046a
+def _leave_group():
+    "Processes that work together say goodbye: one that just exits may be aborted by its own threads, and the launch would report a failure."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+
 # %% ../nbs/07_train.ipynb #c047
 def main(argv:Optional[list[str]]=None):
     "Train from a config file and `key=value` overrides."
@@ -398,7 +404,12 @@ def main(argv:Optional[list[str]]=None):
     p.add_argument("config", help="a YAML file, or the name of a shipped config")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=200 or loss.kind=centred_mse; a key without a dot belongs to the section train")
     args = p.parse_args(argv)
-    with input_errors(): print(f"done: {train(load_config(args.config, args.overrides, 'train'))}")
+    try:
+        with input_errors(): print(f"done: {train(load_config(args.config, args.overrides, 'train'))}")
+    except SystemExit as e:
+        if e.code == 2: raise  # the others may still wait for this process: leave at once
+        _leave_group(); raise
+    _leave_group()
 
 # %% ../nbs/07_train.ipynb #c048
 #| eval: false

@@ -8,12 +8,12 @@ import jinja2, pytest, yaml
 from hypothesis import assume, given, is_hypothesis_test, settings, strategies as st
 
 from icl_distill.alignment import TooLong, align
-from icl_distill.config import Config, PromptConfig, load_config
+from icl_distill.config import Config, PromptConfig, _Dumper, load_config
 from icl_distill.hub import InputError
 from icl_distill.prompts import DATE, Context, Prompter
 from icl_distill.tasks import Example, Task, read_jsonl
 
-from test_alignment import ARMS, LITERALS, PIECES, SHOTS, check_brute, n_control, prompter, tokenizer
+from test_alignment import ARMS, LITERALS, PIECES, SHOTS, check_brute, lossless, n_control, prompter, tokenizer
 
 def many(n): return settings(max_examples=n*settings.default.max_examples//100)
 
@@ -34,15 +34,15 @@ def test_texts(arm, q, a, sq, sa, text):
 
 @pytest.mark.parametrize("arm", ARMS)
 @many(5)
-@given(wild.filter(str.strip), st.integers(500, 3000))
-def test_huge_texts(arm, piece, times):
+@given(st.one_of(st.sampled_from(["ab ", "<|im_end|>x", "🇩🇪 ", "#### 7\n", "שלום "]), wild.filter(lambda s: s.strip() and lossless(s))), st.integers(500, 3000), st.sampled_from([512, 10**6]))
+def test_huge_texts(arm, piece, times, most):
     "Too long is said, with the length; nothing is cut to fit."
-    e = Example("huge-1", "Why? "+piece*times, "So "+piece)
-    try: al = align(prompter(arm), Context(SHOTS), e)
+    e, p = Example("huge-1", "Why? "+piece*times+"?", "So "+piece), prompter(arm, max_student_tokens=most, max_teacher_tokens=most)
+    try: al = align(p, Context(SHOTS), e)
     except TooLong as err: assert "huge-1" in str(err) and "tokens" in str(err); return
     except InputError as err: assert "huge-1" in str(err); return
     check_brute(arm, al, Context(SHOTS), e)
-    assert len(al.student_ids) <= prompter(arm).cfg.max_student_tokens
+    assert len(al.teacher_ids) <= most
 
 # ---- chat templates
 
@@ -56,7 +56,11 @@ bodies = st.lists(st.sampled_from(["<|im_start|>", "{{ m.role }}", "\n", "\n\n",
     "{% if m.role == 'assistant' %}<|im_end|>{% endif %}", "{% if loop.last and m.role == 'assistant' %}<|endoftext|>{% endif %}", "[{{ loop.index }}]", "{{ raise_exception('no') }}", "{{ m.nothing }}", "{{ 1/0 }}", "{% if x %}", "{{", "%}", "A:"]), max_size=6).map("".join)
 usual = st.sampled_from(["<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>{{ m.role }}\n{{ m.content|trim }}<|im_end|>", "{{ m.role }}: {{ m.content }}{{ eos_token }}\n", "{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% else %}<|im_start|>{% endif %}"])
 opens = st.sampled_from(["", "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "assistant: ", "A:", "<|im_start|>"])
-templates = st.builds(lambda h, l, b, o: f"{h}{l}{b}{{% endfor %}}{{% if add_generation_prompt %}}{o}{{% endif %}}", heads, loops, st.one_of(usual, usual, bodies), opens)
+odd = st.builds(lambda h, l, b, o: f"{h}{l}{b}{{% endfor %}}{{% if add_generation_prompt %}}{o}{{% endif %}}", heads, loops, st.one_of(usual, usual, bodies), opens)
+turns = st.sampled_from([("<|im_start|>{{ m.role }}\n", "<|im_start|>assistant\n"), ("{{ m.role }}:\n", "assistant:\n"), ("[{{ m.role|upper }}]", "[ASSISTANT]"), ("{% if m.role == 'user' %}<|im_start|>{% endif %}", ""), ("{{ m.role }}: ", "assistant:"), ("<|im_start|>{{ m.role }}\n\n", "<|im_start|>assistant\n\n")])
+even = st.builds(lambda h, t, c, e, more: f"{h}{{% for m in messages %}}{t[0]}{c}{e}{{% endfor %}}{{% if add_generation_prompt %}}{t[1]}{more}{{% endif %}}", st.one_of(st.just(""), heads), turns, # a turn and its opening agree
+    st.sampled_from(["{{ m.content }}", "{{ m.content|trim }}", "{{ m['content'] }}", "{{- m.content -}}", "{{ '%s' % m.content }}"]), st.sampled_from(["<|im_end|>", "<|im_end|>\n", "{{ eos_token }}\n\n", "<|endoftext|>", "\n<|im_end|>", ""]), st.sampled_from(["", "", "", "A"]))
+templates = st.one_of(even, even, even, odd)
 
 @many(400)
 @given(templates, st.sampled_from(["Why?", " What\nis it? "]), st.sampled_from(["Because.", "1 + 1 = 2\n#### 2", " so "]), st.sampled_from([Context(), Context(SHOTS), Context(SHOTS[:1], "Be brief.")]))
@@ -96,7 +100,7 @@ bad = st.one_of(st.sampled_from(["{", "[1]", '"x"', "null", "7", "true", "NaN", 
 blank = st.sampled_from(["", " ", "\t ", "\u2028", "\x0c"]).map(lambda s: (s, ""))
 
 @many(650)
-@given(st.lists(st.one_of(good, good, good, good, bad, blank), max_size=6), st.sampled_from([b"", b"\xef\xbb\xbf"]), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.booleans(), st.one_of(st.none(), st.none(), st.integers(0, 400)))
+@given(st.one_of(st.lists(st.one_of(good, good, blank), max_size=6), st.lists(st.one_of(good, good, good, good, bad, blank), max_size=6)), st.sampled_from([b"", b"\xef\xbb\xbf"]), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.booleans(), st.sampled_from([None]*7+[0, 3, 40]))
 def test_jsonl(rows, bom, end, last, broken):
     "The rows as they are written, in their order; or the first line that is none is named, or the file where it is not UTF-8 or empty."
     data = bom+end.join(t.encode("utf-8", "surrogatepass") for t, _ in rows)+end*last
@@ -148,15 +152,23 @@ def fits(value, f)->bool:
     return ok and all(math.isfinite(v) if isinstance(v, float) else abs(v) < 10**300 for v in numbers) and all(abs(v) < 1e300 for v in numbers) \
         and ("choices" not in f.metadata or value in f.metadata["choices"]) and ("test" not in f.metadata or bool(f.metadata["test"](value)))
 
+def likely(f):
+    "Values of the field's own type."
+    kind = f.type.__args__[0] if type(None) in getattr(f.type, "__args__", ()) else f.type
+    of = (getattr(kind, "__args__", None) or [kind])[-1]
+    one = {str: st.one_of(st.sampled_from(f.metadata.get("choices", ("x",))), st.text(string.ascii_letters+" ${}#:'\"?é", max_size=8)), int: st.integers(0, 5), float: st.floats(.01, 5), bool: st.booleans()}[of]
+    return {list: st.lists(one, min_size=1, max_size=2), dict: st.dictionaries(st.text(string.ascii_letters, min_size=1), one, max_size=2)}.get(getattr(kind, "__origin__", None), one)
+
 @many(400)
-@given(st.sampled_from(leaves), anything)
-def test_config_values(leaf, value):
+@given(st.sampled_from(leaves), st.data())
+def test_config_values(leaf, data):
     "A value that fits its key arrives unchanged; any other is refused, the file and the key named."
     key, f = leaf
+    value = data.draw(st.one_of(likely(f), anything))
     assume(not (value is False and {"no", "off"} & set(f.metadata.get("choices", ())))) # YAML's own word for these
     nested = value
     for k in reversed(key.split(".")): nested = {k: nested}
-    try: text = yaml.safe_dump(nested, allow_unicode=True)
+    try: text = yaml.dump(nested, Dumper=_Dumper, allow_unicode=True)
     except ValueError: return
     with tempfile.TemporaryDirectory() as tmp:
         Path(tmp, "c.yaml").write_text(text, encoding="utf-8", newline="")

@@ -133,6 +133,7 @@ for n in (8, 7, 5):
         norm = accelerator.clip_grad_norm_(student.parameters(), 1e9)
         out[f"{n}/{size}"] = dict(grad=torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone(), sums=accelerator.reduce(sums, "sum"), norm=norm, shape=torch.tensor([len(m) for m in micro]))
 torch.save(out, f"{sys.argv[2]}/{world}_{rank}.pt")
+accelerator.end_training()
 """
 
 def test_gradients_of_one_and_two_processes(tmp_path):

@@ -1,5 +1,5 @@
 "What comes with the package: licences, an environment without conflicts, an install without a network."
-import importlib.metadata, os, re, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,17 @@ def test_pip_check():
 def test_offline_install(tmp_path):
     "A wheelhouse made from the pins; then, with no index at all, a fresh environment in which the command runs."
     pip = [sys.executable, "-m", "pip"]
-    run = lambda *cmd, **kw: subprocess.run([str(c) for c in cmd], capture_output=True, text=True, check=True, **kw)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} # the checkout must not pass for an installed package
+    run = lambda *cmd, **kw: subprocess.run([str(c) for c in cmd], capture_output=True, text=True, check=True, env=env, cwd=tmp_path, **kw)
+    shutil.copytree(root, tmp_path/"source", symlinks=True, ignore=shutil.ignore_patterns(".*", "_*", "runs", "nbs", "assets", "results", "build", "*.egg-info", "__pycache__"))
+    shutil.copytree(root/"icl_distill", tmp_path/"source/icl_distill", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     torch = next(l for l in (root/"constraints.txt").read_text().splitlines() if l.startswith("torch=="))
     try:
-        run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path/"wheels", root)
+        run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path/"wheels", tmp_path/"source")
         run(*pip, "download", "-d", tmp_path/"wheels", "-c", root/"constraints.txt", torch, next((tmp_path/"wheels").glob("icl_distill-*.whl")))
         run(sys.executable, "-m", "venv", tmp_path/"venv"); python = tmp_path/"venv/bin/python"
         run(python, "-m", "pip", "install", "--no-index", "--find-links", tmp_path/"wheels", "-c", root/"constraints.txt", "icl_distill")
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        assert "train" in run(tmp_path/"venv/bin/icl-distill", "--help", cwd=tmp_path, env=env).stdout
-        assert "loss:" in run(tmp_path/"venv/bin/icl-distill", "config", "online_v1", cwd=tmp_path, env=env).stdout
+        assert "train" in run(tmp_path/"venv/bin/icl-distill", "--help").stdout
+        assert "loss:" in run(tmp_path/"venv/bin/icl-distill", "config", "online_v1").stdout
         run(python, "-m", "pip", "check")
     except subprocess.CalledProcessError as e: raise AssertionError(f"{e.cmd}\n{e.stdout[-2000:]}{e.stderr[-3000:]}") from None
