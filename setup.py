@@ -14,7 +14,7 @@ setup(
     name=lib, version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0", license_files=["LICENSE"],
-    packages=[lib, f"{lib}.configs"], package_dir={lib: lib, f"{lib}.configs": "configs"}, package_data={f"{lib}.configs": ["*.yaml"]},
+    packages=[lib, f"{lib}.configs"], package_dir={lib: lib, f"{lib}.configs": "configs"}, package_data={f"{lib}.configs": ["*.yaml", "plan/*.yaml", "accelerate/*.yaml"]},
     include_package_data=False, python_requires=">="+cfg["min_python"],
     install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{lib}={cfg['lib_path']}._modidx:d"]},

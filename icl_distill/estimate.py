@@ -139,7 +139,7 @@ class Lengths:
 
 def _recorded(cfg:Config, why:str)->Lengths:
     path = shipped_configs()["base"].resolve().parent.parent/"results"/"bench"/"step_time.json"
-    if cfg.task.name != "gsm8k" or cfg.context.n_shots != 8 or not path.exists() or (d := json.loads(path.read_text()))["data"] != "gsm8k":
+    if cfg.task.name != "gsm8k" or cfg.context.n_shots != 8 or not path.exists() or "gsm8k" not in (d := json.loads(path.read_text()))["data"].lower():
         raise InputError(f"the examples' lengths are not known: {why}")
     each = {k: [math.ceil(x/d["batch"]) for x in v] for k, v in d["tokens"].items()}
     return Lengths(each["student"], each["teacher"], each["answer"], "means of batches in results/bench/step_time.json (GSM8K, 8 shots, SmolLM2's tokenizer), since the examples could not be encoded here; the longest: prompt.max_*_tokens",
