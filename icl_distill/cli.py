@@ -93,10 +93,11 @@ def evaluate(config:Conf, overrides:Over=None):
     run(cfg); show(out_path(cfg))
 
 @_command("icl-distill report runs/online_v1 --against runs/base")
-def report(run:Annotated[Path, typer.Argument(help="a run's folder, or a results file")], against:Annotated[Optional[Path], typer.Option(help="another run, whose checkpoint is the baseline")]=None):
+def report(run:Annotated[list[Path], typer.Argument(help="a run's folder, or a results file; several: seeds of one arm")],
+           against:Annotated[Optional[list[Path]], typer.Option(help="another run, whose checkpoint is the baseline; once for each seed")]=None):
     "Print the table of an evaluation again."
     from icl_distill.evaluation import report as show
-    show(run, against)
+    show(run, against or None)
 
 # %% ../nbs/12_cli.ipynb #c012
 @_command("icl-distill figures runs/quickstart --out figures")
