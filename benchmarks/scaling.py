@@ -16,7 +16,7 @@ from icl_distill.losses import Targets
 from icl_distill.models import base_of
 from icl_distill.teacher import Memory
 
-SHOT, QUESTION, ANSWER = 183, 61, 112   # tokens; GSM8K's median question and answer, an eighth of an 8-shot context
+SHOT, QUESTION, ANSWER = 196, 61, 112   # tokens; GSM8K's median question and answer, an eighth of a mean 8-shot context
 SHOTS, ANSWERS, EXAMPLES = (0, 4, 8, 16), (56, 112, 224), (16, 256, 4096)
 MODES = ("sft", "distill_online", "distill_remembered")
 

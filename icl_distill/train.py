@@ -301,6 +301,8 @@ def train(
     accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
                               cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available())
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(f"training does not run under {kind}: teacher and student share one set of whole weights on each device; launch it with plain data parallelism")
     main = accelerator.is_main_process
     task = task or load_task(cfg.task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)

@@ -167,3 +167,11 @@ def test_the_same_everywhere(folder, tmp_path):
 def test_kill_loop():
     done = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "kill_loop.py"), "--times", "5"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.strip().endswith("0 runs differ from the uninterrupted one") and "5 kills" in done.stdout, done.stdout+done.stderr
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused(kind, tmp_path, monkeypatch):
+    "Where a process holds only shards, the teacher would read past the wrapper that gathers them."
+    import accelerate
+    class Sharded(accelerate.Accelerator): distributed_type = accelerate.DistributedType(kind)
+    monkeypatch.setattr(accelerate, "Accelerator", Sharded)
+    with pytest.raises(InputError, match=f"does not run under {kind}"): go(tmp_path)
