@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
-env = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+env = {**os.environ, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 limit = 840 # seconds for one job
 
 def sh(*cmd, cwd=root, **extra): # -> exit code, output

@@ -39,7 +39,7 @@ def test_the_defaults_are_the_papers():
     assert load_config() == c and config_hash(load_config()) == config_hash(c)
 
 def test_shipped():
-    assert set(shipped_configs()) == {"base", "online_v1", "llama3b", "online_v1_llama", "quickstart"}
+    assert set(shipped_configs()) == {"bake", "base", "online_v1", "llama3b", "online_v1_llama", "quickstart"}
     for name in ("base", "online_v1", "llama3b", "online_v1_llama"):
         c, llama = load_config(name), "llama" in name
         assert c.model.name == ("meta-llama/Llama-3.2-3B-Instruct" if llama else "Qwen/Qwen3-1.7B")
