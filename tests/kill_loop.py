@@ -45,7 +45,7 @@ def outcome(run, memory)->dict: # what must not depend on being killed
         rows = [json.loads(l) for l in p.read_text().splitlines()]
         out[p.name] = sorted((r for r in rows if "seconds" not in r), key=lambda r: r.get("id", ""))
     results = json.loads((run/"evaluation/results.json").read_text())
-    out["results.json"] = {k: v for k, v in results.items() if k not in ("config", "environment")} | dict(conditions={n: {k: v for k, v in c.items() if k not in ("seconds", "latency")}
+    out["results.json"] = {k: v for k, v in results.items() if k not in ("config", "environment", "commit")} | dict(conditions={n: {k: v for k, v in c.items() if k not in ("seconds", "latency")}
         for n, c in results["conditions"].items()})
     return out
 
