@@ -47,7 +47,7 @@ def pytest(file):
         if not report.exists(): return 0, 1, out
         suites = ElementTree.parse(report).getroot().iter("testsuite")
         n, bad, skipped = (sum(col) for col in zip(*((int(s.get("tests")), int(s.get("failures"))+int(s.get("errors")), int(s.get("skipped"))) for s in suites)))
-    return n-bad-skipped, bad or int(rc != 0), out
+    return n-bad-skipped, bad or int(rc != 0 and not (rc == 5 and skipped)), out # 5: the whole file is skipped
 
 def main():
     start = time.time()
