@@ -182,14 +182,15 @@ Teacher.online = online
 def __call__(self:Teacher, batch:list[Aligned])->Targets:
     "Targets of a batch, packed in its order; examples seen before are read from memory, the rest computed (and remembered)."
     if self.memory is None: return self.online(batch)
-    found = {self.memory.key(a): self.memory.get(a) for a in batch}
-    self.stats["remembered"] += sum(found[self.memory.key(a)] is not None for a in batch)
-    for a in batch:
-        if found[self.memory.key(a)] is not None: continue
+    keys = [self.memory.key(a) for a in batch]  # a hash over all of the teacher's ids: once
+    found = dict(zip(keys, map(self.memory.get, batch)))
+    self.stats["remembered"] += sum(found[k] is not None for k in keys)
+    for a, k in zip(batch, keys):
+        if found[k] is not None: continue
         group = self.first_batch(a) if self.first_batch else batch
         for g, t in zip(group, self.online(group).split([g.n_answer for g in group])):
-            if found.get(self.memory.key(g)) is None and (not self.first_batch or self.first_batch(g) == group): found[self.memory.key(g)] = self.memory.put(g, t)
-    return Targets.cat([found[self.memory.key(a)].to(self.params[0].device) for a in batch])
+            if found.get(key := self.memory.key(g)) is None and (not self.first_batch or self.first_batch(g) == group): found[key] = self.memory.put(g, t)
+    return Targets.cat([found[k].to(self.params[0].device) for k in keys])
 Teacher.__call__ = __call__
 
 def report(self:Teacher)->dict: # counts, and bytes on the device and in memory (or written to it)
