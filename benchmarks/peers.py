@@ -9,14 +9,15 @@
 - `transformers_sft`: a plain `transformers.Trainer` on question and answer with the prompt masked.
 - ours: `sft`, `distill_online` (the context's keys and values kept) and `distill_remembered`, with clipping and optimiser step.
 
-All start from the same weights, LoRA rank, dtype and batch (dropout 0, as TRL switches it off). Of the trainers, what lies between `on_step_begin` and `on_step_end` is timed.
+All start from the same weights, LoRA rank, dtype and batch (dropout 0, as TRL switches it off). Of the trainers, what lies between `on_step_begin` and `on_step_end` is timed; ratios are medians of the ratios on the same batch.
 """
 import argparse, importlib.metadata, tempfile, time, warnings
+from functools import partial
 
 import datasets, torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from common import Steps, arguments, batches_of, configure, data_of, machine, median, timed, write
+from common import Steps, arguments, batches_of, configure, data_of, in_turn, machine, median, paired, timed, write
 from icl_distill.hub import load_tokenizer
 from icl_distill.models import add_lora, load_model
 
@@ -72,14 +73,12 @@ def main():
         optimizer.step(); optimizer.zero_grad()
         if args.device == "cuda": torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
-        ways = {m: lambda b, m=m: timed(ours, m, b) for m in OURS} | {n: peer(args, cfg, tok, n, folder) for n in PEERS}
+        ways = {m: partial(timed, ours, m) for m in OURS} | {n: peer(args, cfg, tok, n, folder) for n in PEERS}
         for f in ways.values(): f(batches[0])
         for b in batches: ways["distill_remembered"](b)   # the first epoch
-        seconds = {n: [] for n in ways}
-        for b in batches:
-            for n, f in ways.items(): seconds[n].append(f(b))
+        seconds = in_turn(ways, batches)
     mid = {n: median(v) for n, v in seconds.items()}
-    ratio = dict(trl_sdft_over_online=mid["trl_sdft"]/mid["distill_online"], trl_sdft_over_remembered=mid["trl_sdft"]/mid["distill_remembered"], sft_over_transformers_sft=mid["sft"]/mid["transformers_sft"])
+    ratio = dict(trl_sdft_over_online=paired(seconds, "trl_sdft", "distill_online"), trl_sdft_over_remembered=paired(seconds, "trl_sdft", "distill_remembered"), sft_over_transformers_sft=paired(seconds, "sft", "transformers_sft"))
     met = dict(distillation=ratio["trl_sdft_over_online"] >= LIMITS["distillation"], sft=ratio["sft_over_transformers_sft"] <= LIMITS["sft"])
     versions = {n: importlib.metadata.version(n) for n in ("trl", "transformers", "peft")}
     count = lambda f: [sum(map(f, b)) for b in batches]

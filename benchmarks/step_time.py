@@ -3,13 +3,14 @@
     python benchmarks/step_time.py --out results/bench/step_time.json
 
 One step is forward and backward of one micro-batch; the context is one of eight shots, shared. Peak memory: the high-water mark of a process of its own per
-mode (CUDA: max_memory_allocated). `flop_share`: the fewest operations a step needs, over what the machine's own matrix product would do in its time.
+mode (CUDA: max_memory_allocated). Ratios of time are medians of the ratios on the same batch. `flop_share`: the fewest operations a step needs, over what the machine's own matrix product would do in its time.
 """
 import argparse
+from functools import partial
 
 import torch
 
-from common import MODES, Steps, arguments, batches_of, configure, data_of, least_flops, high_water, in_child, machine, matmul_rate, median, timed, write
+from common import MODES, Steps, arguments, batches_of, configure, data_of, least_flops, resident, in_child, in_turn, machine, matmul_rate, median, paired, timed, write
 from icl_distill.hub import load_tokenizer
 
 LIMITS = dict(cpu=dict(online=1.6, remembered=1.10, plain_over_online=2.0, memory=1.15), cuda=dict(online=1.5, remembered=1.05, plain_over_online=3.0, memory=1.10))
@@ -25,7 +26,7 @@ def peak(args, mode):
     steps, batches = setup(args, [mode])
     if args.device == "cuda": torch.cuda.reset_peak_memory_stats()
     for _ in range(2): steps(mode, max(batches, key=lambda b: max(len(a.student_ids) for a in b)))
-    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else high_water())
+    print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resident())
 
 def main():
     p = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
@@ -35,9 +36,7 @@ def main():
     steps, batches = setup(args, MODES)
     for m in MODES: steps(m, batches[0])
     for b in batches: steps("distill_remembered", b)   # the first epoch
-    seconds = {m: [] for m in MODES}
-    for b in batches:
-        for m in MODES: seconds[m].append(timed(steps, m, b))
+    seconds = in_turn({m: partial(timed, steps, m) for m in MODES}, batches)
     rate = matmul_rate(steps.model, max(len(a.student_ids) for a in batches[0])*args.batch, steps.acc.device, getattr(torch, args.dtype))
     share = {m: median(least_flops(steps.model, m, b)/s/rate for b, s in zip(batches, seconds[m])) for m in MODES}
     del steps
@@ -45,7 +44,7 @@ def main():
     count = lambda f: [sum(map(f, b)) for b in batches]
     out = dict(what="seconds of forward and backward of one micro-batch", data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths", model=args.model, batch=args.batch, repeats=args.repeats, dtype=args.dtype,
                device=args.device, tokens=dict(student=count(lambda a: len(a.student_ids)), teacher=count(lambda a: len(a.teacher_ids)), answer=count(lambda a: a.n_answer)),
-               seconds=seconds, median=mid, ratio_to_sft={m: v/mid["sft"] for m, v in mid.items()}, plain_over_online=mid["distill_plain"]/mid["distill_online"],
+               seconds=seconds, median=mid, ratio_to_sft={m: paired(seconds, m, "sft") for m in MODES}, plain_over_online=paired(seconds, "distill_plain", "distill_online"),
                peak_bytes=memory, memory_ratio_to_sft={m: v/memory["sft"] for m, v in memory.items()}, matmul_flops_per_second=rate, flop_share=share, environment=machine())
     limits = LIMITS[args.device]
     out["met"] = dict(online=out["ratio_to_sft"]["distill_online"] <= limits["online"], remembered=out["ratio_to_sft"]["distill_remembered"] <= limits["remembered"],

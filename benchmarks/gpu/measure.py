@@ -30,7 +30,7 @@ def main():
     p.add_argument("--list", action="store_true", help="print the commands and stop")
     p.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="last: further arguments for every step benchmark")
     a = p.parse_args()
-    a.loss = ["--dtype", "bfloat16"] if a.device == "cuda" else ["--quick"]
+    a.loss = ["--dtype", "bfloat16", "--hidden", "2048"] if a.device == "cuda" else ["--vocabularies", "16384", "--positions", "256", "2048", "--hidden", "64"]
     a.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         folder, failed, made = Path(folder), [], set()
