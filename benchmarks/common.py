@@ -90,7 +90,8 @@ def resident(key:str="VmHWM")->int: # bytes: the high-water mark, or with `VmRSS
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])*1024
 
 def in_child(*extra)->str: # the last word printed by this script in a process of its own, with `extra` arguments
-    return subprocess.run([sys.executable, *sys.argv, *extra], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1<<20)}   # glibc gives large blocks back when they are freed: the high-water mark is of what is held, not of how the heap has grown
+    return subprocess.run([sys.executable, *sys.argv, *extra], env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
 
 def least_flops(model, mode:str, batch)->float:
     "The fewest operations that a step needs: no teacher, or one that has the context's keys and values; the head at answer positions only (see `icl_distill.estimate`)."
