@@ -97,7 +97,7 @@ def report(run:Annotated[list[Path], typer.Argument(help="a run's folder, or a r
            against:Annotated[Optional[list[Path]], typer.Option(help="another run, whose checkpoint is the baseline; once for each seed")]=None):
     "Print the table of an evaluation again."
     from icl_distill.evaluation import report as show
-    show(run, against or None)
+    show(run, against)
 
 # %% ../nbs/12_cli.ipynb #c012
 @_command("icl-distill figures runs/quickstart --out figures")

@@ -20,7 +20,7 @@ from typing import Optional
 
 from .config import Config, config_dict, diff_configs, load_config
 from .generation import TransformersEngine, check_applied, choose_engine, kv_bytes, open_engine
-from .hub import InputError, load_tokenizer, tokenizer_hash
+from .hub import InputError, alone, load_tokenizer, tokenizer_hash
 from .models import environment, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
 from .statistics import combine_seeds, compare, detectable_difference, holm, wilson
@@ -426,12 +426,13 @@ def evaluate(
     for c in conditions:
         if c.checkpoint: check_checkpoint(cfg, c.checkpoint, kind[0])
     path, conf = out_path(cfg), model_config(cfg, engine)
-    jobs = plan(cfg, task, prompter, conditions, kind[0], path.parent/"records", getattr(conf.get_text_config(), "max_position_embeddings", None))
-    run_jobs(cfg, prompter, task, jobs, engine, progress)
-    dev = path.parent/"dev"/"results.json"
-    res = results(cfg, jobs, kind, kv_bytes(conf, cfg.model.dtype), load_report(dev)[0] if dev.exists() and cfg.evaluate.split == "test" else None)
-    for suffix, text in ((".csv", as_csv(res)), (".md", markdown(res)), (".json", json.dumps(res, indent=1, ensure_ascii=False)+"\n")):
-        _write(path.with_suffix(suffix), text)
+    with alone(path.parent, "evaluating"):
+        jobs = plan(cfg, task, prompter, conditions, kind[0], path.parent/"records", getattr(conf.get_text_config(), "max_position_embeddings", None))
+        run_jobs(cfg, prompter, task, jobs, engine, progress)
+        dev = path.parent/"dev"/"results.json"
+        res = results(cfg, jobs, kind, kv_bytes(conf, cfg.model.dtype), load_report(dev)[0] if dev.exists() and cfg.evaluate.split == "test" else None)
+        for suffix, text in ((".csv", as_csv(res)), (".md", markdown(res)), (".json", json.dumps(res, indent=1, ensure_ascii=False)+"\n")):
+            _write(path.with_suffix(suffix), text)
     return res
 
 # %% ../nbs/10_evaluation.ipynb #c054
@@ -544,15 +545,14 @@ def report(
     against=None, # another run (SFT's), whose checkpoint becomes the baseline; for a list, as many
 )->dict: # the results
     "Print the table again; several seeds as one."
-    several = isinstance(path, (list, tuple)) and len(path) > 1
-    path, against = (x[0] if isinstance(x, (list, tuple)) and len(x) == 1 and not several else x for x in (path, against or None))
-    if several:
-        x = combine(list(path), list(against or ()) if isinstance(against, (list, tuple, type(None))) else [against])
+    runs, others = (list(x) if isinstance(x, (list, tuple)) else [x] if x else [] for x in (path, against))
+    if len(runs) > 1:
+        x = combine(runs, others)
         _print_table(combined_rows(x), combined_notes(x))
         return x
-    if isinstance(against, (list, tuple)): raise InputError(f"one run is compared with one, not with {len(against)}")
-    res, records = load_report(path)
-    res, base = with_baseline(res, records, against) if against else (res, None)
+    if len(others) > 1: raise InputError(f"one run is compared with one, not with {len(others)}")
+    res, records = load_report(*runs)
+    res, base = with_baseline(res, records, *others) if others else (res, None)
     _print_table(table_rows(res, base), notes(res, base))
     return res
 

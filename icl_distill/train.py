@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .alignment import Aligned, TooLong, align, pack
 from .config import Config, config_dict, diff_configs, load_config, to_yaml
-from .hub import InputError, input_errors, load_tokenizer
+from .hub import InputError, alone, input_errors, load_tokenizer
 from .losses import Head, SUMS, chunked_loss, check_loss, loss_metrics, plain_loss
 from .models import add_lora, answer_hidden, base_of, body_of, environment, file_hash, frozen_head, load_model, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
@@ -275,7 +275,7 @@ def _start_run(run:Path, cfg:Config, data:Data):
     "The run's folder, its config and where it was made."
     for p in run.glob("checkpoints/.step_*"):
         print(f"warning: {p} was never finished; it is removed", file=sys.stderr); shutil.rmtree(p)
-    run.mkdir(parents=True, exist_ok=True)
+    for p in run.glob("targets/*/*.tmp"): p.unlink()   # a killed process was writing them
     (run/"config.yaml").write_text(to_yaml(cfg))
     (run/"environment.json").write_text(json.dumps(environment(), indent=1))
     (run/"left_out.json").write_text(json.dumps(data.left_out, indent=1))
@@ -310,7 +310,8 @@ def train(
     base = load_model(cfg.model) if model is None else model
     base_hash = weights_hash(base)
     model = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
-    try: return _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress and main)
+    try:
+        with alone(run, "training") if main else contextlib.nullcontext(): return _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress and main)
     finally: model.unload()
 
 # %% ../nbs/07_train.ipynb #c037

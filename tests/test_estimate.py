@@ -13,7 +13,7 @@ from icl_distill.estimate import MODES, Lengths, estimate, mode_of, model_conf, 
 from icl_distill.hub import InputError
 
 root = Path(__file__).resolve().parent.parent
-TOLERANCE = 3/2 # of a predicted ratio of step times
+TOLERANCE = dict(remembered=5/4, cached=5/4, original=2) # of a predicted ratio of step times: long forward passes reach a higher share of the peak
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch): monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -70,7 +70,7 @@ def test_against_the_clock():
     each = [np.array(d["tokens"][k])/d["batch"] for k in ("student", "teacher", "answer")]
     total = {m: step_flops(conf, *each, m)["total"] for m in MODES}
     for name, mode in dict(distill_remembered="remembered", distill_online="cached", distill_plain="original").items():
-        assert abs(math.log(total[mode]/total["sft"]/d["ratio_to_sft"][name])) < math.log(TOLERANCE), name
+        assert abs(math.log(total[mode]/total["sft"]/d["ratio_to_sft"][name])) < math.log(TOLERANCE[mode]), name
 
 def test_memory_moves_as_it_should():
     at = lambda *over, mode="whole", n=1: step_memory(shape, load_config("online_v1", list(over)), 140, 1000, 80, mode, n)

@@ -16,7 +16,7 @@ from icl_distill.evaluation import (SHOW, Answered, Condition, Records, answered
     markdown, page, pairs_of,
                                     report, selected, summary, table_rows, with_baseline)
 from icl_distill.generation import Completion, TransformersEngine, open_engine
-from icl_distill.hub import InputError, load_tokenizer
+from icl_distill.hub import InputError, alone, load_tokenizer
 from icl_distill.models import weights_hash
 from icl_distill.prompts import Context, Prompter
 from icl_distill.statistics import combine_seeds, detectable_difference, mcnemar_exact, wilson
@@ -280,6 +280,10 @@ def test_holm_and_the_detectable_difference_stand_in_the_table(cfg, tok, tmp_pat
     assert seen["few_shot"] == detectable_difference(20, 3/20, alpha=.05/3, discordant=9/20) and f"{100*seen['few_shot']:.1f}" in markdown(res)
     same = go(on(c, checkpoints=None, output=str(tmp_path/"same"/"results.json")), Fake(tok, lambda arm, i: i < 3))
     assert "disagree too rarely" in markdown(same)
+
+def test_two_evaluations_of_one_output(cfg, tok):
+    with alone(Path(cfg.run)/"evaluation", "evaluating"), pytest.raises(InputError, match="another process is evaluating"): go(cfg, Fake(tok))
+    assert set(go(cfg, Fake(tok))["conditions"]) == {"zero_shot", "few_shot"}
 
 def seeds(cfg, tok, tmp_path, arm, right, **more):
     "Runs of an arm, one a seed: step_10 is right on the items below right[seed], the base model on the first 5."

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import icl_distill.train as T
 from icl_distill.alignment import Aligned
 from icl_distill.config import load_config
-from icl_distill.hub import InputError
+from icl_distill.hub import InputError, alone
 from icl_distill.train import checkpoints_of
 
 from test_training import arguments, config, environment, equal, folder, go, here, lines, tokenizer, tiny, whole, with_adapter, _one_thread # noqa: F401 (fixtures)
@@ -88,6 +88,25 @@ def test_full_disk_as_a_command(folder, tmp_path):
 
 OVER = ["save_every=2", "log_every=3", "teacher.memory=ram"] # lines of metrics that span a checkpoint
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom icl_distill.hub import alone\nwith alone(Path(sys.argv[1]), 'training'): print('held', flush=True); time.sleep(600)"
+
+def test_two_trainings_in_one_run(whole, tmp_path):
+    "The second is refused and touches nothing; when the first is killed, the run is free."
+    p = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path/"run"], env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is training"): go(tmp_path/"run")
+        assert [f.name for f in (tmp_path/"run").iterdir()] == [".lock"]
+        p.kill(); p.wait()
+        assert equal(go(tmp_path/"run"), checkpoints_of(whole)[-1])
+        with alone(tmp_path/"run", "training"): pass
+    finally: p.kill(); p.wait(); p.stdout.close()
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path/"run"/"targets"/"ab").mkdir(parents=True); (left := tmp_path/"run"/"targets"/"ab"/"abc.1.tmp").write_text("half")
+    go(tmp_path/"run", "teacher.memory=disk")
+    assert not left.exists() and list((tmp_path/"run"/"targets").glob("*/*.safetensors"))
+
 def launch(*args, **kw): return subprocess.Popen([sys.executable, *LAUNCH, *args], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 def finish(p, seconds=240):
     try: out, _ = p.communicate(timeout=seconds)
