@@ -296,23 +296,23 @@ def train(
     check_loss(cfg.loss)
     if cfg.train.tracker not in (None, "tensorboard"): raise InputError(f"train.tracker is {cfg.train.tracker!r}; known is tensorboard")
     run, t = Path(cfg.run), cfg.train
-    done = checkpoints_of(run)
-    if done and not t.resume: raise InputError(f"{run} already holds checkpoints up to {done[-1].name}; choose another `run`, or train.resume=true to go on")
     accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
                               cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available())
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise InputError(f"training does not run under {kind}: teacher and student share one set of whole weights on each device; launch it with plain data parallelism")
     main = accelerator.is_main_process
-    task = task or load_task(cfg.task)
-    tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
-    data = prepare(cfg, task, Prompter(tok, cfg.prompt), progress and main)
-    base = load_model(cfg.model) if model is None else model
-    base_hash = weights_hash(base)
-    model = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
-    try:
-        with alone(run, "training") if main else contextlib.nullcontext(): return _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress and main)
-    finally: model.unload()
+    with alone(run, "training") if main else contextlib.nullcontext():
+        done = checkpoints_of(run)
+        if done and not t.resume: raise InputError(f"{run} already holds checkpoints up to {done[-1].name}; choose another `run`, or train.resume=true to go on")
+        task = task or load_task(cfg.task)
+        tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
+        data = prepare(cfg, task, Prompter(tok, cfg.prompt), progress and main)
+        base = load_model(cfg.model) if model is None else model
+        base_hash = weights_hash(base)
+        model = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
+        try: return _train(cfg, run, data, model, tok, accelerator, base_hash, done, progress and main)
+        finally: model.unload()
 
 # %% ../nbs/07_train.ipynb #c037
 def _oom_hint(f, micro):

@@ -13,7 +13,7 @@ from icl_distill.estimate import MODES, Lengths, estimate, mode_of, model_conf, 
 from icl_distill.hub import InputError
 
 root = Path(__file__).resolve().parent.parent
-TOLERANCE = dict(remembered=5/4, cached=5/4, original=2) # of a predicted ratio of step times: long forward passes reach a higher share of the peak
+TOLERANCE = dict(remembered=5/4, cached=5/4, original=3/2) # of a predicted ratio of step times: long forward passes reach a higher share of the peak
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch): monkeypatch.setenv("HF_HUB_OFFLINE", "1")
