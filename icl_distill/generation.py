@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .devices import choose_device, settled, threads_each
 from .config import Config, EvaluateConfig, ModelConfig
 from .hub import InputError, load_tokenizer, model_path
-from .models import base_of, load_adapter, load_model, weights_hash
+from .models import kept_dtype, base_of, load_adapter, load_model, weights_hash
 
 # %% ../nbs/09_generation.ipynb #c004
 @dataclass(frozen=True)
@@ -503,7 +503,8 @@ def open_engine(
     **options, # further arguments of `vllm.LLM`
 ):
     "The engine that the config asks for, with the adapters attached."
-    cfg, device = settled(cfg), choose_device(cfg.device)[0]
+    kept = kept_dtype((adapters or {}).values()) if cfg.model.dtype == "auto" else None
+    cfg, device = settled(cfg, kept), choose_device(cfg.device)[0]
     ev, (kind, _) = cfg.evaluate, choose_engine(cfg.evaluate.engine, cfg.device)
     if kind == "vllm" and device != "cuda" and (device != "cpu" or torch.cuda.is_available()):
         raise InputError(f"evaluate.engine=vllm with device={device}: its CUDA build takes the GPU, its CPU build needs a machine without one; use evaluate.engine=transformers")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_model', 'weights_hash', 'add_lora', 'base_of', 'body_of', 'answer_hidden', 'frozen_head', 'adapter_off',
-           'file_hash', 'read_checkpoint', 'checkpoint_dtype', 'load_adapter', 'environment']
+           'file_hash', 'read_checkpoint', 'checkpoint_dtype', 'kept_dtype', 'load_adapter', 'environment']
 
 # %% ../nbs/05_models.ipynb #c003
 import hashlib, importlib.metadata, json, os, platform, subprocess
@@ -148,6 +148,14 @@ def checkpoint_dtype(folder)->Optional[str]: # None where it is not recorded
     if dtype := read_checkpoint(folder).get("dtype"): return dtype
     try: return yaml.safe_load((folder/"config.yaml").read_text(encoding="utf-8"))["model"]["dtype"]   # of before it stood in checkpoint.json
     except (OSError, yaml.YAMLError, KeyError, TypeError): return None
+
+def kept_dtype(folders)->Optional[tuple[str,str]]: # (dtype, whose); None: as the device likes it
+    "What `model.dtype=auto` keeps beside these checkpoints: their own. Raises `InputError` where they differ."
+    found = {d: f for f in folders if (d := checkpoint_dtype(f))}
+    if len(found) > 1:
+        raise InputError("the checkpoints were trained in different dtypes: " + ", ".join(f"{f} in {d}" for d, f in found.items())
+                         + "; evaluate them apart, or name one model.dtype for all")
+    return next(((d, "the checkpoint's own") for d in found), None)
 
 def load_adapter(
     model,              # base model or PeftModel

@@ -317,6 +317,7 @@ def train(
     run, t = Path(cfg.run), cfg.train
     accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
                               cpu=machine_of(cfg).device == "cpu")
+    if (there := accelerator.device.type) != (chosen := machine_of(cfg).device): raise InputError(f"the device is {chosen}, but this process has used accelerate with {there} before: start a new one")
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise InputError(f"training does not run under {kind}: teacher and student share one set of whole weights on each device; launch it with plain data parallelism")

@@ -198,6 +198,7 @@ def test_ill_typed(key, default):
 def test_ill_typed_in_a_file(text, from_text): refused(lambda: from_text(text), "mine.yaml", text.split(":")[0])
 
 choices = [(f"{s}.{f.name}", f.metadata["choices"]) for s, t in sections.items() for f in dataclasses.fields(t) if "choices" in f.metadata]
+choices += [(f.name, f.metadata["choices"]) for f in dataclasses.fields(Config) if "choices" in f.metadata]
 
 @pytest.mark.parametrize("key,values", choices, ids=[k for k, _ in choices])
 def test_choices(key, values):
