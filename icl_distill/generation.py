@@ -22,10 +22,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .devices import choose_device, settled, threads_each
 from .config import Config, EvaluateConfig, ModelConfig
+from .devices import choose_device, settled, threads_each
 from .hub import InputError, load_tokenizer, model_path
-from .models import kept_dtype, base_of, load_adapter, load_model, weights_hash
+from .models import base_of, kept_dtype, load_adapter, load_model, weights_hash
 
 # %% ../nbs/09_generation.ipynb #c004
 @dataclass(frozen=True)
