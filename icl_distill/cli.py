@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .config import Config, load_config, to_yaml
+from .devices import calm_threads
 from .hub import InputError, input_errors
 
 # %% ../nbs/12_cli.ipynb #c004
@@ -184,4 +185,5 @@ def export(checkpoint:Annotated[Path, typer.Argument(help="a checkpoint's folder
 # %% ../nbs/12_cli.ipynb #c017
 def main():
     "The `icl-distill` command."
+    calm_threads()  # before any command imports torch
     with input_errors(): app(prog_name="icl-distill")

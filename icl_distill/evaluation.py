@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Optional
 
 from .config import Config, config_dict, diff_configs, load_config
+from .devices import Pace, choose_device, machine_of, say_estimate, say_machine, settled
 from .generation import TransformersEngine, check_applied, choose_engine, kv_bytes, open_engine
 from .hub import InputError, alone, load_tokenizer, tokenizer_hash
-from .models import environment, read_checkpoint, weights_hash
+from .models import checkpoint_dtype, environment, kept_dtype, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
 from .statistics import combine_seeds, compare, detectable_difference, holm, wilson
 from .tasks import Example, Task, load_task
@@ -81,7 +82,8 @@ def find_conditions(
 def check_checkpoint(cfg:Config, folder, engine:str):
     "Raises `InputError` where a checkpoint is incomplete, of another base model, or was trained with another form of the prompt."
     info = read_checkpoint(folder)
-    if engine == "vllm" and info["base_model"] != cfg.model.name:  # the transformers engine compares hashes of the weights
+    hashed = engine != "vllm" and checkpoint_dtype(folder) in (None, cfg.model.dtype)   # the transformers engine compares hashes of weights in the same dtype
+    if not hashed and info["base_model"] != cfg.model.name:
         raise InputError(f"checkpoint {str(folder)!r} was trained on {info['base_model']!r}, not on {cfg.model.name!r}")
     if not (Path(folder)/"config.yaml").exists(): return
     then, now = (config_dict(c)["prompt"] for c in (load_config(Path(folder)/"config.yaml"), cfg))
@@ -344,7 +346,7 @@ def so_far(jobs:list[Job])->str: # such as 'zero_shot 1.0 %, few_shot 31.2 %'
     right = {j.label: [r["correct"] for r in j.records.rows.values()] for j in jobs}
     return ", ".join(f"{k} {100*sum(v)/len(v):.1f} %" for k, v in right.items() if v)
 
-def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar, jobs:list[Job]=()):
+def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar, jobs:list[Job]=(), answered=lambda: None):
     "Answer what is left. An adapter that changes nothing is an error before it is scored."
     left = job.left
     if not left: return
@@ -353,7 +355,7 @@ def run_job(job:Job, engine, task:Task, max_new_tokens:int, bar, jobs:list[Job]=
     with job.records.writing() as add:
         for i, c in engine.generate([p for _, p in left], job.adapter, max_new_tokens):
             add(make_record(task, job.cond, job.set, left[i][0], left[i][1], c))
-            bar.set_postfix_str(so_far(jobs or [job]), refresh=False); bar.update()
+            bar.set_postfix_str(so_far(jobs or [job]), refresh=False); bar.update(); answered()
 
 # %% ../nbs/10_evaluation.ipynb #c041
 @contextmanager
@@ -378,13 +380,23 @@ def model_config(cfg:Config, engine=None):
     return AutoConfig.from_pretrained(model_path(cfg.model.name), revision=cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
 
 # %% ../nbs/10_evaluation.ipynb #c043
+class _Forecast:
+    "Called after each answer; after the second batch it says how long the rest will take."
+    def __init__(self, left:int, batch:int, device:str): self.left, self.batch, self.device, self.n, self.pace = left, batch, device, 0, Pace()
+    def __call__(self):
+        self.n += 1
+        if self.n % self.batch or self.n > 2*self.batch: return   # the answers of a batch come at once
+        self.pace.tick(self.batch)
+        if self.n == 2*self.batch < self.left: say_estimate(self.pace.each(), self.left-self.n, "evaluation", device=self.device, unit="answer")
+
 def run_jobs(cfg:Config, prompter:Prompter, task:Task, jobs:list[Job], engine=None, progress:bool=True):
     "Answer what is left of all jobs, under one bar."
     from tqdm import tqdm
     total, left = (sum(map(len, x)) for x in ([j.items for j in jobs], [j.left for j in jobs]))
     if not left: return
+    forecast = _Forecast(left, cfg.evaluate.batch_size, choose_device(cfg.device)[0]) if progress else lambda: None
     with engine_for(cfg, prompter, jobs, engine) as e, tqdm(total=total, initial=total-left, **({} if progress else dict(disable=True))) as bar:
-        for j in jobs: run_job(j, e, task, cfg.evaluate.max_new_tokens, bar, jobs)
+        for j in jobs: run_job(j, e, task, cfg.evaluate.max_new_tokens, bar, jobs, forecast)
 
 # %% ../nbs/10_evaluation.ipynb #c044
 def out_path(cfg:Config)->Path: # of the results file
@@ -405,7 +417,7 @@ def results(cfg:Config, jobs:list[Job], engine:tuple[str,str], kv:int, dev:Optio
     "Everything that is reported, with all it takes to make it again."
     by, sets = {}, {}
     for j in jobs: by.setdefault(j.cond.name, []).append(j); sets.setdefault(j.set, {})[j.cond.name] = j.rows
-    conds, env = {k: condition_result(v, kv) for k, v in by.items()}, environment()
+    conds, env = {k: condition_result(v, kv) for k, v in by.items()}, environment(cfg.device)
     return dict(model=cfg.model.name, task=cfg.task.name, split=cfg.evaluate.split, set=next(iter(sets)), conditions=conds, selected=selected(dev, conds),
         paired=[p for s, records in sets.items() for p in paired(records, s)], engine=dict(zip(("name", "why"), engine)),
         environment=env, config=config_dict(cfg), seed=cfg.seed, commit=env.get("commit"))
@@ -419,10 +431,14 @@ def evaluate(
     progress:bool=True, # a bar over all conditions
 )->dict: # the results, which are also written
     "Answer, score, test and write results.json, results.csv, results.md and records/. The same call again finishes what is missing."
-    task, kind = task or load_task(cfg.task), (engine.name, "as given") if engine else choose_engine(cfg.evaluate.engine)
+    task, kind = task or load_task(cfg.task), (engine.name, "as given") if engine else choose_engine(cfg.evaluate.engine, cfg.device)
     prompter = Prompter(engine.tok if engine else load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code), cfg.prompt)
     conditions = conditions or find_conditions(cfg, task.train)
     if not conditions: raise InputError("nothing to evaluate: give evaluate.conditions, evaluate.checkpoints, or both")
+    if isinstance(engine, TransformersEngine): kept = str(engine.model.dtype).removeprefix("torch."), "that of the model given"
+    else: kept = kept_dtype(c.checkpoint for c in conditions if c.checkpoint) if cfg.model.dtype == "auto" else None
+    if progress: say_machine(machine_of(cfg, kept))
+    cfg = settled(cfg, kept)
     for c in conditions:
         if c.checkpoint: check_checkpoint(cfg, c.checkpoint, kind[0])
     path, conf = out_path(cfg), model_config(cfg, engine)

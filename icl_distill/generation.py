@@ -23,8 +23,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config import Config, EvaluateConfig, ModelConfig
+from .devices import choose_device, settled, threads_each
 from .hub import InputError, load_tokenizer, model_path
-from .models import base_of, load_adapter, load_model, weights_hash
+from .models import base_of, kept_dtype, load_adapter, load_model, weights_hash
 
 # %% ../nbs/09_generation.ipynb #c004
 @dataclass(frozen=True)
@@ -419,17 +420,18 @@ VLLMEngine.answer, VLLMEngine.generate, VLLMEngine.probe = answer, generate, pro
 # %% ../nbs/09_generation.ipynb #c074
 def choose_engine(
     wanted:str="auto", # auto, transformers or vllm
+    device:str="auto", # the config's
 )->tuple[str, str]: # (engine, why)
     "The engine that `wanted` stands for on this machine."
     if wanted != "auto": return wanted, "as asked for"
     if importlib.util.find_spec("vllm") is None: return "transformers", "vllm is not installed"
-    if not torch.cuda.is_available(): return "transformers", "no GPU is visible"
+    if (kind := choose_device(device)[0]) != "cuda": return "transformers", "no GPU is visible" if kind == "cpu" and device == "auto" else f"the device is {kind}"
     return "vllm", "vllm is installed and a GPU is visible"
 
 # %% ../nbs/09_generation.ipynb #c075b
 def replica_devices(n:int, each:int=1)->list[dict]: # of `n` replicas with `each` GPUs; without GPUs they share the cores
     "The environment in which each replica sees its own devices and no others."
-    if not torch.cuda.is_available(): return [dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//n))))]*n
+    if not torch.cuda.is_available(): return [dict(OMP_NUM_THREADS=str(threads_each(n)))]*n
     ids = [i for i in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if i] or [str(i) for i in range(torch.cuda.device_count())]
     if len(ids) < n*each: raise InputError(f"evaluate.data_parallel_size={n} with {each} GPU(s) each needs {n*each}; {len(ids)} are visible")
     return [dict(CUDA_VISIBLE_DEVICES=",".join(ids[i*each:(i+1)*each])) for i in range(n)]
@@ -443,14 +445,14 @@ class Replicas:
         adapters:Optional[dict[str,str]]=None, # name -> checkpoint folder
         max_length:Optional[int]=None, # longest prompt and its answer
     ):
-        ev = replace(cfg.evaluate, engine=choose_engine(cfg.evaluate.engine)[0], data_parallel_size=1)
+        ev = replace(cfg.evaluate, engine=choose_engine(cfg.evaluate.engine, cfg.device)[0], data_parallel_size=1)
         self.name, self.inbox, self.max_length = ev.engine, queue.Queue(), max_length
         start = [sys.executable, "-c", "from icl_distill.generation import serve; serve()"]
         self.workers = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ|env)
                         for env in replica_devices(cfg.evaluate.data_parallel_size, ev.tensor_parallel_size)]
         for r in range(len(self.workers)):
             threading.Thread(target=self._listen, args=(r,), daemon=True).start()
-            self._ask(r, model=asdict(cfg.model), evaluate=asdict(ev), stop_ids=list(stop_ids), adapters={k: str(v) for k, v in (adapters or {}).items()}, max_length=max_length)
+            self._ask(r, device=cfg.device, model=asdict(cfg.model), evaluate=asdict(ev), stop_ids=list(stop_ids), adapters={k: str(v) for k, v in (adapters or {}).items()}, max_length=max_length)
 
     def _listen(self, r):
         for line in self.workers[r].stdout: self.inbox.put((r, json.loads(line)))
@@ -501,7 +503,11 @@ def open_engine(
     **options, # further arguments of `vllm.LLM`
 ):
     "The engine that the config asks for, with the adapters attached."
-    ev, (kind, _) = cfg.evaluate, choose_engine(cfg.evaluate.engine)
+    kept = kept_dtype((adapters or {}).values()) if cfg.model.dtype == "auto" else None
+    cfg, device = settled(cfg, kept), choose_device(cfg.device)[0]
+    ev, (kind, _) = cfg.evaluate, choose_engine(cfg.evaluate.engine, cfg.device)
+    if kind == "vllm" and device != "cuda" and (device != "cpu" or torch.cuda.is_available()):
+        raise InputError(f"evaluate.engine=vllm with device={device}: its CUDA build takes the GPU, its CPU build needs a machine without one; use evaluate.engine=transformers")
     if ev.tensor_parallel_size > 1 and kind != "vllm": raise InputError("evaluate.tensor_parallel_size > 1 needs evaluate.engine=vllm")
     if ev.data_parallel_size > 1: return Replicas(cfg, stop_ids, adapters, max_length)
     if kind == "vllm":
@@ -509,7 +515,7 @@ def open_engine(
         return VLLMEngine(model_path(cfg.model.name), tok, stop_ids, adapters, dtype=cfg.model.dtype, max_model_len=max_length,
                           tensor_parallel_size=ev.tensor_parallel_size, trust_remote_code=cfg.model.trust_remote_code, **options)
     model = load_model(cfg.model)
-    engine = TransformersEngine(model.cuda() if torch.cuda.is_available() else model, tok, stop_ids, ev.batch_size)
+    engine = TransformersEngine(model.to(device), tok, stop_ids, ev.batch_size)
     engine.attach(adapters or {}, weights_hash(model) if adapters else None)
     return engine
 
@@ -521,7 +527,7 @@ def serve():
     def say(**x): print(json.dumps(x), file=out, flush=True)
     try:
         first = json.loads(sys.stdin.readline())
-        cfg = Config(model=ModelConfig(**first["model"]), evaluate=EvaluateConfig(**first["evaluate"]))
+        cfg = Config(device=first["device"], model=ModelConfig(**first["model"]), evaluate=EvaluateConfig(**first["evaluate"]))
         engine = open_engine(cfg, load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code), first["stop_ids"], first["adapters"], first["max_length"])
         for x in map(json.loads, sys.stdin):
             if "check" in x: say(effect=check_applied(engine, x["adapter"], x["check"]))

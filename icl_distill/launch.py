@@ -15,6 +15,7 @@ from typing import Optional
 import psutil
 
 from .config import load_config, shipped_configs
+from .devices import choose_device, gpu_count
 from .estimate import estimate, show_estimate
 from .figures import alt_text, load_metrics, loss_curves, save, style
 from .hub import InputError
@@ -231,14 +232,15 @@ def launch(
     accelerate_config:Optional[str]=None, # a name in `accelerate_configs()`, or a file
 ): # a `Run`, or a `Plan` where the hardware is missing
     "Start training as a process of its own. Raises `InputError` for a config that cannot be used, or where the run is under way."
-    import torch
-    cfg, gpus = load_config(str(config), list(overrides), "train"), torch.cuda.device_count()
+    cfg = load_config(str(config), list(overrides), "train")
+    gpus = gpu_count(cfg.device)
     command, n, machines, cpu = launch_command(config, list(overrides), num_processes, accelerate_config, gpus)
     here = n//machines
     if machines > 1 or not cpu and here > gpus:
         why = f"{n} GPU{'s are' if n > 1 else ' is'} asked for" + (f" on {machines} machines; start the command on each, with its --machine_rank and --main_process_ip." if machines > 1 else f"; this machine has {gpus or 'none'}. On one that has them:")
         shown = [f"configs/accelerate/{c.name}" if (c := Path(x)) in accelerate_configs().values() else x for x in command]
         return Plan(shlex.join(shown), why, _needs(cfg, n))
+    if cpu and cfg.device != "auto": choose_device(cfg.device)   # one that is not here is refused now, not in the log
     if Path(cfg.run).exists() and Run(cfg.run).process is not None: raise InputError(f"{cfg.run} is being trained by process {Run(cfg.run).process.pid}: attach({str(cfg.run)!r}) shows it")
     return _start(command, Path(cfg.run), cpu)
 

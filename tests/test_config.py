@@ -36,6 +36,7 @@ def test_the_defaults_are_the_papers():
         "per_example", 8)
     assert (c.lora.r, c.lora.alpha, c.lora.dropout, c.train.lr, c.train.weight_decay, c.train.warmup_steps, c.train.max_grad_norm, c.train.steps) == (16, 32,
         .05, 2e-4, .01, 50, 1, 1000)
+    assert (c.model.dtype, c.device) == ("auto", "auto") and load_config("base").model.dtype == "auto"
     assert load_config() == c and config_hash(load_config()) == config_hash(c)
 
 def test_shipped():
@@ -174,7 +175,7 @@ def test_a_misspelt_key_is_refused_and_the_right_one_suggested(key, data):
 @settings(max_examples=30)
 @given(st.text(min_size=1, max_size=12).filter(lambda k: k not in leaves and "=" not in k))
 def test_no_other_key_gets_in(key):
-    if key in sections or key in ("seed", "run"): return
+    if key in sections or key in ("seed", "run", "device"): return
     refused(lambda: over(f"{key}=1"), "unknown key")
 
 @pytest.mark.parametrize("text", ["on: 1", "train: {1: 2}", "null: 1", "train.lr: 1.0"])
@@ -197,6 +198,7 @@ def test_ill_typed(key, default):
 def test_ill_typed_in_a_file(text, from_text): refused(lambda: from_text(text), "mine.yaml", text.split(":")[0])
 
 choices = [(f"{s}.{f.name}", f.metadata["choices"]) for s, t in sections.items() for f in dataclasses.fields(t) if "choices" in f.metadata]
+choices += [(f.name, f.metadata["choices"]) for f in dataclasses.fields(Config) if "choices" in f.metadata]
 
 @pytest.mark.parametrize("key,values", choices, ids=[k for k, _ in choices])
 def test_choices(key, values):

@@ -231,7 +231,7 @@ def test_options_that_need_more(monkeypatch):
         with pytest.raises(InputError, match="needs evaluate.engine=vllm"): open_engine(Config(evaluate=EvaluateConfig(engine="transformers", tensor_parallel_size=2, **more)), Words(), [0])
 
 def test_devices_of_replicas(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False); monkeypatch.delenv("OMP_NUM_THREADS", raising=False); monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False); monkeypatch.delenv("OMP_NUM_THREADS", raising=False); monkeypatch.setattr("icl_distill.devices.cores", lambda: 8)
     assert replica_devices(3) == [dict(OMP_NUM_THREADS="2")]*3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True); monkeypatch.setattr(torch.cuda, "device_count", lambda: 4); monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert replica_devices(2, 2) == [dict(CUDA_VISIBLE_DEVICES=x) for x in ("0,1", "2,3")]

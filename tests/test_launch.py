@@ -82,7 +82,7 @@ def test_a_run_started_by_hand(tmp_path):
 
 def test_without_the_hardware(monkeypatch, tmp_path):
     "The exact command, what is missing, memory and time; nothing is started."
-    monkeypatch.chdir(tmp_path); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2); monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plan = launch("online_v1", "train.accumulation=2", "task.path=./gone", num_processes=4)
     assert isinstance(plan, Plan) and "4 GPUs" in plan.why and "has 2" in plan.why
     assert plan.command == "accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no --multi_gpu --num_processes 4 -m icl_distill.train online_v1 train.accumulation=2 task.path=./gone"

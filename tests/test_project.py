@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 root = Path(__file__).resolve().parent.parent
-FLOORS = [["hub"], ["config"], ["tasks"], ["prompts", "statistics"], ["alignment", "losses"], ["models", "estimate"], ["teacher", "generation"], ["train", "evaluation"], ["figures"], ["launch"], ["widgets"], ["cli"]]
+FLOORS = [["hub"], ["config"], ["devices"], ["tasks"], ["prompts", "statistics"], ["alignment", "losses"], ["models", "estimate"], ["teacher", "generation"], ["train", "evaluation"], ["figures"], ["launch"], ["widgets"], ["cli"]]
 floor_of = {name: i for i, names in enumerate(FLOORS) for name in names}
 modules = sorted(f.stem for f in (root/"icl_distill").glob("*.py") if not f.stem.startswith("_"))
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if not any(p.startswith((".", "_")) for p in f.relative_to(root).parts))
@@ -61,7 +61,7 @@ optional = ["vllm", "tensorboard", "ipywidgets", "jupyterlab", "nbdev", "fastcor
 def test_package_import_is_free(): assert imported(["icl_distill"], ["torch", "transformers", "numpy", "yaml", "omegaconf", *optional]) == []
 
 def test_light_modules_do_not_import_torch():
-    light = [f"icl_distill.{m}" for m in ("hub", "config", "tasks", "statistics", "figures") if m in modules]
+    light = [f"icl_distill.{m}" for m in ("hub", "config", "devices", "tasks", "statistics", "figures") if m in modules]
     assert imported(light, ["torch", "transformers", "peft", "datasets"]) == []
 
 def test_optional_packages_stay_optional(): assert imported([f"icl_distill.{m}" for m in modules], optional) == []
