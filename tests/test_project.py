@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 root = Path(__file__).resolve().parent.parent
-FLOORS = [["hub"], ["config"], ["devices"], ["tasks"], ["prompts", "statistics"], ["alignment", "losses"], ["models", "estimate"], ["teacher", "generation"], ["train", "evaluation"], ["figures"], ["launch"], ["widgets"], ["cli"]]
+FLOORS = [["hub"], ["config"], ["devices"], ["tasks"], ["prompts", "statistics"], ["alignment", "losses"], ["models", "estimate"], ["teacher", "generation"], ["train", "evaluation"], ["figures"], ["launch", "doctor"], ["widgets"], ["cli"]]
 floor_of = {name: i for i, names in enumerate(FLOORS) for name in names}
 modules = sorted(f.stem for f in (root/"icl_distill").glob("*.py") if not f.stem.startswith("_"))
 notebooks = sorted(f for f in (root/"nbs").rglob("*.ipynb") if not any(p.startswith((".", "_")) for p in f.relative_to(root).parts))

@@ -16,11 +16,11 @@ def jobs(a, folder)->dict[str, list[str]]:
     out = {}
     for name, model in MODELS.items():
         path = model if model.startswith("pypi:") else str(folder/name)
-        step = lambda batch, *over: [str(bench/"step_time.py"), "--device", a.device, "--model", path, "--batch", str(batch), *(["--gsm8k", a.gsm8k] if a.gsm8k else []), *a.extra, *over]
+        step = lambda batch, *over: [str(bench/"step_time.py"), "--device", a.device, "--model", path, "--batch", str(batch), *a.dtype, *(["--gsm8k", a.gsm8k] if a.gsm8k else []), *a.extra, *over]
         for batch in a.batches: out[f"{name}-batch{batch}"] = step(batch)
         for variant, over in VARIANTS.items(): out[f"{name}-batch{a.batches[0]}-{variant}"] = step(a.batches[0], *over)
     out["loss_memory"] = [str(bench/"loss_memory.py"), "--device", a.device, *a.loss]
-    out["scaling"] = [str(bench/"scaling.py"), "--device", a.device, *a.extra]
+    out["scaling"] = [str(bench/"scaling.py"), "--device", a.device, *a.dtype, *a.extra]
     return {n: j for n, j in out.items() if not a.only or a.only in n}
 
 def main():
@@ -30,6 +30,7 @@ def main():
     p.add_argument("--list", action="store_true", help="print the commands and stop")
     p.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="last: further arguments for every step benchmark")
     a = p.parse_args()
+    a.dtype = ["--dtype", "bfloat16"] if a.device == "cuda" else []   # of the weights: what the paper's models are trained in
     a.loss = ["--dtype", "bfloat16", "--hidden", "2048"] if a.device == "cuda" else ["--vocabularies", "16384", "--positions", "256", "2048", "--hidden", "64"]
     a.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,96 @@
+"The wheel: built from the sources, installed away from this checkout, used in an empty folder."
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from icl_distill.config import load_config, to_yaml
+
+root = Path(__file__).resolve().parent.parent
+SOURCES = ["setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"]
+SOURCES += ["icl_distill", "configs"]
+QUICK = ["task.n_train=12", "task.n_dev=2", "task.n_test=4", "context.n_shots=2"]
+QUICK += ["teacher.top_k=16", "steps=2", "save_every=2", "batch_size=2"]
+QUICK += ["evaluate.max_new_tokens=4", "evaluate.batch_size=4"]
+
+
+def run(*command, cwd):
+    "Its output; it must succeed."
+    unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    env = {k: v for k, v in os.environ.items() if k not in unset}
+    env |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", NO_COLOR="1")
+    env |= dict(COLUMNS="100", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "Built from a copy, in which no earlier build has left anything."
+    tmp = tmp_path_factory.mktemp("build")
+    for name in SOURCES:
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, tmp / name)
+    for folder in tmp.rglob("__pycache__"):
+        shutil.rmtree(folder)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
+    run(*pip, "--no-build-isolation", "--wheel-dir", tmp / "dist", tmp, cwd=tmp)
+    built, = (tmp / "dist").glob("icl_distill-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    "The command, in an environment of its own that sees this one's other packages."
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
+    run(*pip, "--no-deps", wheel, cwd=folder)
+    packages, = folder.glob("lib/python3*/site-packages")
+    others = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    (packages / "others.pth").write_text("\n".join(others) + "\n")
+    where = run(python, "-c", "import icl_distill; print(icl_distill.__file__)", cwd=folder).strip()
+    assert Path(where).is_relative_to(packages), "the checkout would be tested, not the wheel"
+    return folder / "bin" / "icl-distill"
+
+
+def test_what_it_holds(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    of = {p.relative_to(root).as_posix() for p in (root / "icl_distill").glob("*.py")}
+    for folder in ("configs", "configs/plan", "configs/accelerate"):
+        of |= {f"icl_distill/{folder}/{p.name}" for p in (root / folder).glob("*.yaml")}
+    info = {n for n in names if ".dist-info/" in n}
+    assert names - info == of
+    assert any(n.endswith("/LICENSE") for n in info) and len(info) <= 8
+
+
+def test_the_commands_that_compute_nothing(installed, tmp_path):
+    assert "quickstart" in run(installed, "--help", cwd=tmp_path)
+    printed = run(installed, "config", "quickstart", cwd=tmp_path)
+    assert printed == to_yaml(load_config("quickstart"))
+    assert "steps: 20" in run(installed, "config", "quickstart_small", cwd=tmp_path)
+    said = run(installed, "doctor", cwd=tmp_path)
+    assert "icl_distill 0" in said and "could not be told" not in said
+    assert "A100-80GB" in run(installed, "estimate", "quickstart", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_quickstart(installed, tmp_path):
+    "With the real small model, and a few steps and items."
+    said = run(installed, "quickstart", *QUICK, cwd=tmp_path)
+    assert "Against SFT on the same data" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    results = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
+    assert list(results["conditions"]) == ["zero_shot", "few_shot", "sft", "distill"]
+    assert {c["n"] for c in results["conditions"].values()} == {4}
+    assert results["config"]["model"]["dtype"] == "float32"
+    assert sorted((tmp_path / "runs" / "quickstart" / "figures").glob("*.png"))
