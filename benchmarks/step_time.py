@@ -1,19 +1,46 @@
-"""Time and memory of one training step: SFT, the original's way of distilling, and ours, on the same batches, interleaved in one process.
+"""Time and memory of one training step: SFT, the original's way of distilling, and ours, on the
+same batches, interleaved in one process.
 
     python benchmarks/step_time.py --out results/bench/step_time.json
 
-One step is forward and backward of one micro-batch; the context is one of eight shots, shared. Peak memory: the high-water mark of a process of its own per
-mode (CUDA: max_memory_allocated). Ratios of time are medians of the ratios on the same batch. `flop_share`: the fewest operations a step needs, over what the machine's own matrix product would do in its time.
+One step is forward and backward of one micro-batch; the context is one of eight shots, shared. Peak
+memory: the high-water mark of a process of its own per mode (CUDA: max_memory_allocated). Ratios of
+time are medians of the ratios on the same batch. `flop_share`: the fewest operations a step needs,
+over what the machine's own matrix product would do in its time. Results files keep an older word
+for cached targets, `remembered`.
 """
+
 import argparse
 from functools import partial
 
 import torch
 
-from common import MODES, Steps, arguments, batches_of, configure, data_of, least_flops, resident, in_child, in_turn, machine, matmul_rate, median, paired, timed, write
-from icl_distill.hub import load_tokenizer
+from common import (
+    MODES,
+    Steps,
+    arguments,
+    batches_of,
+    configure,
+    data_of,
+    least_flops,
+    in_child,
+    in_turn,
+    machine,
+    matmul_rate,
+    median,
+    paired,
+    resident,
+    shown,
+    timed,
+    write,
+)
+from icl_distill.core.hub import load_tokenizer
 
-LIMITS = dict(cpu=dict(online=1.6, remembered=1.10, plain_over_online=2.0, memory=1.15), cuda=dict(online=1.5, remembered=1.05, plain_over_online=3.0, memory=1.10))
+LIMITS = dict(
+    cpu=dict(online=1.6, remembered=1.10, plain_over_online=2.0, memory=1.15),
+    cuda=dict(online=1.5, remembered=1.05, plain_over_online=3.0, memory=1.10),
+)
+
 
 def setup(args, modes):
     cfg = configure(args)
@@ -21,37 +48,96 @@ def setup(args, modes):
     data = data_of(cfg, args, tok)
     return Steps(cfg, args, data, tok, modes), batches_of(data, args)
 
+
 def peak(args, mode):
     "Run the largest batch twice in this process and print its peak memory in bytes."
     steps, batches = setup(args, [mode])
-    if args.device == "cuda": torch.cuda.reset_peak_memory_stats()
-    for _ in range(2): steps(mode, max(batches, key=lambda b: max(len(a.student_ids) for a in b)))
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        steps(mode, max(batches, key=lambda b: max(len(a.student_ids) for a in b)))
     print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resident())
 
+
 def main():
-    p = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    p = arguments(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    )
     p.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.peak: return peak(args, args.peak)
+    if args.peak:
+        return peak(args, args.peak)
     steps, batches = setup(args, MODES)
-    for m in MODES: steps(m, batches[0])
-    for b in batches: steps("distill_remembered", b)   # the first epoch
+    for m in MODES:
+        steps(m, batches[0])
+    for b in batches:
+        steps("distill_remembered", b)  # the first epoch
     seconds = in_turn({m: partial(timed, steps, m) for m in MODES}, batches)
-    rate = matmul_rate(steps.model, max(len(a.student_ids) for a in batches[0])*args.batch, steps.acc.device, getattr(torch, args.dtype))
-    share = {m: median(least_flops(steps.model, m, b)/s/rate for b, s in zip(batches, seconds[m])) for m in MODES}
+    rate = matmul_rate(
+        steps.model,
+        max(len(a.student_ids) for a in batches[0]) * args.batch,
+        steps.acc.device,
+        getattr(torch, args.dtype),
+    )
+    share = {
+        m: median(
+            least_flops(steps.model, m, b) / s / rate
+            for b, s in zip(batches, seconds[m], strict=True)
+        )
+        for m in MODES
+    }
     del steps
-    mid, memory = {m: median(v) for m, v in seconds.items()}, {m: int(in_child("--peak", m)) for m in MODES}
-    count = lambda f: [sum(map(f, b)) for b in batches]
-    out = dict(what="seconds of forward and backward of one micro-batch", data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths", model=args.model, batch=args.batch, repeats=args.repeats, dtype=args.dtype,
-               device=args.device, tokens=dict(student=count(lambda a: len(a.student_ids)), teacher=count(lambda a: len(a.teacher_ids)), answer=count(lambda a: a.n_answer)),
-               seconds=seconds, median=mid, ratio_to_sft={m: paired(seconds, m, "sft") for m in MODES}, plain_over_online=paired(seconds, "distill_plain", "distill_online"),
-               peak_bytes=memory, memory_ratio_to_sft={m: v/memory["sft"] for m, v in memory.items()}, matmul_flops_per_second=rate, flop_share=share, environment=machine())
+    mid, memory = (
+        {m: median(v) for m, v in seconds.items()},
+        {m: int(in_child("--peak", m)) for m in MODES},
+    )
+
+    def count(f):
+        return [sum(map(f, b)) for b in batches]
+
+    out = dict(
+        what="seconds of forward and backward of one micro-batch",
+        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
+        model=args.model,
+        batch=args.batch,
+        repeats=args.repeats,
+        dtype=args.dtype,
+        device=args.device,
+        tokens=dict(
+            student=count(lambda a: len(a.student_ids)),
+            teacher=count(lambda a: len(a.teacher_ids)),
+            answer=count(lambda a: a.n_answer),
+        ),
+        seconds=seconds,
+        median=mid,
+        ratio_to_sft={m: paired(seconds, m, "sft") for m in MODES},
+        plain_over_online=paired(seconds, "distill_plain", "distill_online"),
+        peak_bytes=memory,
+        memory_ratio_to_sft={m: v / memory["sft"] for m, v in memory.items()},
+        matmul_flops_per_second=rate,
+        flop_share=share,
+        environment=machine(),
+    )
     limits = LIMITS[args.device]
-    out["met"] = dict(online=out["ratio_to_sft"]["distill_online"] <= limits["online"], remembered=out["ratio_to_sft"]["distill_remembered"] <= limits["remembered"],
-                      plain_over_online=out["plain_over_online"] >= limits["plain_over_online"], memory=out["memory_ratio_to_sft"]["distill_online"] <= limits["memory"])
+    out["met"] = dict(
+        online=out["ratio_to_sft"]["distill_online"] <= limits["online"],
+        remembered=out["ratio_to_sft"]["distill_remembered"] <= limits["remembered"],
+        plain_over_online=out["plain_over_online"] >= limits["plain_over_online"],
+        memory=out["memory_ratio_to_sft"]["distill_online"] <= limits["memory"],
+    )
     out["limits"] = limits
     write(args.out, out)
-    for m in MODES: print(f"{m:20} {mid[m]:7.3f} s  {out['ratio_to_sft'][m]:5.2f} × sft   peak {memory[m]/2**20:7.0f} MiB  {out['memory_ratio_to_sft'][m]:5.2f} ×   {100*share[m]:3.0f} % of the matrix product's rate")
-    print("; ".join(f"{k} ({limits[k]}): {'yes' if v else 'NO'}" for k, v in out["met"].items()))
+    for m in MODES:
+        print(
+            f"{shown(m):20} {mid[m]:7.3f} s  {out['ratio_to_sft'][m]:5.2f} × sft   "
+            f"peak {memory[m] / 2**20:7.0f} MiB  {out['memory_ratio_to_sft'][m]:5.2f} ×   "
+            f"{100 * share[m]:3.0f} % of the matrix product's rate"
+        )
+    met = {shown(k): f"({limits[k]}): {'yes' if v else 'NO'}" for k, v in out["met"].items()}
+    print("; ".join(f"{k} {v}" for k, v in met.items()))
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

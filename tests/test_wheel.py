@@ -1,4 +1,5 @@
 "The wheel: built from the sources, installed away from this checkout, used in an empty folder."
+
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from icl_distill.config import load_config, to_yaml
+from icl_distill.core.config import load_config, to_yaml
 
 root = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"]
@@ -26,8 +27,9 @@ def run(*command, cwd):
     env = {k: v for k, v in os.environ.items() if k not in unset}
     env |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", NO_COLOR="1")
     env |= dict(COLUMNS="100", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -43,7 +45,7 @@ def wheel(tmp_path_factory):
         shutil.rmtree(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
     run(*pip, "--no-build-isolation", "--wheel-dir", tmp / "dist", tmp, cwd=tmp)
-    built, = (tmp / "dist").glob("icl_distill-*.whl")
+    (built,) = (tmp / "dist").glob("icl_distill-*.whl")
     return built
 
 
@@ -55,7 +57,7 @@ def installed(wheel, tmp_path_factory):
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
     run(*pip, "--no-deps", wheel, cwd=folder)
-    packages, = folder.glob("lib/python3*/site-packages")
+    (packages,) = folder.glob("lib/python3*/site-packages")
     others = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     (packages / "others.pth").write_text("\n".join(others) + "\n")
     where = run(python, "-c", "import icl_distill; print(icl_distill.__file__)", cwd=folder).strip()

@@ -1,0 +1,109 @@
+"""Run notebooks, and compare what they print with what is stored in them.
+
+    python tests/notebook.py nbs/data/07_alignment.ipynb           # compare
+    python tests/notebook.py --write nbs/data/07_alignment.ipynb   # store the new outputs
+
+Cells marked `eval: false`, `slow` or `cuda` are not run, and keep the outputs they have.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NOT_RUN = re.compile(r"^#\|\s*(eval:\s*false|slow|cuda)\b", re.MULTILINE)
+ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
+TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
+SECONDS = 800
+
+
+def printed(cell) -> str:
+    "All text that a cell shows; pictures, widgets and stderr left out."
+    out = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            out.append(output.text if output.name == "stdout" else "")
+        else:
+            shown = [output.data[kind] for kind in TEXTS if kind in output.get("data", {})]
+            out.append("\n".join(map(str, shown)) + "\n")
+    return ADDRESS.sub("at 0x…", "".join(out)).rstrip()
+
+
+def run(path: Path) -> nbformat.NotebookNode:
+    "The notebook with the outputs of this run."
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and NOT_RUN.search(cell.source):
+            cell.metadata["tags"] = ["skip-execution"]
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=where).execute()
+    return notebook
+
+
+def differences(path: Path, new: nbformat.NotebookNode) -> list[str]:
+    "A diff of every cell that prints something else than is stored."
+    old = nbformat.read(path, as_version=4)
+    out = []
+    for before, after in zip(old.cells, new.cells, strict=True):
+        if before.cell_type != "code" or printed(before) == printed(after):
+            continue
+        lines = [printed(cell).splitlines() for cell in (before, after)]
+        diff = difflib.unified_diff(*lines, "stored", "now", lineterm="")
+        out.append(f"{path}, cell {before.id}:\n" + "\n".join(diff))
+    return out
+
+
+def whole_streams(outputs: list) -> list:
+    "Neighbouring pieces of one stream as one: where a kernel cuts them is chance."
+    out: list = []
+    for output in outputs:
+        same = out and output.output_type == "stream" == out[-1].output_type
+        if same and output.name == out[-1].name:
+            out[-1].text += output.text
+        else:
+            out.append(output)
+    return out
+
+
+def store(path: Path, new: nbformat.NotebookNode):
+    "Write the new outputs and clean the notebook as nbdev does."
+    from nbdev.clean import nbdev_clean
+
+    for cell in new.cells:
+        cell.metadata.pop("tags", None)
+        if cell.cell_type == "code":
+            cell.outputs = whole_streams(cell.outputs)
+    nbformat.write(new, path)
+    nbdev_clean(fname=str(path))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--write", action="store_true", help="store the new outputs")
+    args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    failed = 0
+    for path in args.notebooks:
+        try:
+            new = run(path.resolve())
+        except CellExecutionError as error:
+            print(f"{path}: {error}")
+            failed += 1
+            continue
+        if args.write:
+            store(path, new)
+        elif found := differences(path, new):
+            print("\n".join(found))
+            failed += 1
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
