@@ -308,7 +308,15 @@ GRADIENTS = """
 import sys, json, torch
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
-from helpers_training import *
+from helpers_training import TOY, tiny, tokenizer, with_adapter
+from icl_distill.core.config import load_config
+from icl_distill.core.files import InputError
+from icl_distill.data.prompts import Prompter
+from icl_distill.models.loading import frozen_head
+from icl_distill.models.teacher import Teacher
+from icl_distill.training.batches import micro_batches, prepare
+from icl_distill.training.state import Learner
+from icl_distill.training.step import Student, backward_step
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 model = with_adapter(tiny()); head = frozen_head(model)
