@@ -1,7 +1,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -26,9 +26,12 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[lib, f"{lib}.configs"],
-    package_dir={lib: lib, f"{lib}.configs": "configs"},
-    package_data={f"{lib}.configs": ["*.yaml", "plan/*.yaml", "accelerate/*.yaml"]},
+    packages=[*find_packages(include=[lib, f"{lib}.*"]), f"{lib}.configs", f"{lib}.results"],
+    package_dir={lib: lib, f"{lib}.configs": "configs", f"{lib}.results": "results"},
+    package_data={
+        f"{lib}.configs": ["*.yaml", "plan/*.yaml", "accelerate/*.yaml"],
+        f"{lib}.results": ["reported.json"],
+    },
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

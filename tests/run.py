@@ -27,47 +27,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 SECONDS = 840  # for one job
-NOT_YET = {  # what was not run since it moved; named at the end of every run
-    "tests/test_docs.py": "the docs build runs import cells alone: not all pages are fit for it",
-    "tests/test_shell_blocks.py": "written, never run to its end",
-    "tests/test_launch.py": "not run since launch became three pages",
-    "tests/test_widgets.py": "not run since the panel moved",
-    "tests/test_wheel.py": "not run since the package has rooms",
-    "tests/test_guards.py": "not run since its helpers moved",
-    "tests/test_cli.py": "one of its tests failed on a busy machine; not looked into",
-    "tests/test_shared_prefix.py": "half of it was not run since it was made cheaper",
-    "tests/test_benchmarks.py": "its part on GPUs was not run since the names changed",
-}
-PAGES_NOT_YET = """
-app/01_estimate
-app/02_plan
-app/03_launched
-app/04_monitor
-app/05_launch
-app/06_widgets
-app/07_export
-app/08_quickstart
-app/09_doctor
-app/10_cli
-evaluation/05_shards
-evaluation/06_scores
-evaluation/07_tables
-evaluation/08_seeds
-evaluation/09_jobs
-evaluation/10_evaluate
-evaluation/11_browse
-evaluation/12_style
-evaluation/13_arms
-evaluation/14_plots
-evaluation/15_figures
-studies/bake
-studies/controls
-studies/gsm8k
-studies/gsm8k_llama
-studies/objectives
-studies/quickstart
-"""  # executed one by one when they were written, not compared since
-NOT_YET |= {f"nbs/{page}.ipynb": "not compared since it moved" for page in PAGES_NOT_YET.split()}
 CODE = ("nbs", "tests", "benchmarks", ".ci", "setup.py")
 
 
@@ -179,7 +138,7 @@ def jobs() -> dict[str, Callable[[], Done]]:
     out["lint"] = lambda: command(python, "-m", "ruff", "check", *CODE)
     out["export in sync"] = export_in_sync
     out["README in sync"] = lambda: command(python, ".ci/readme.py", "--check")
-    return {name: job for name, job in out.items() if name not in NOT_YET}
+    return out
 
 
 def main() -> int:
@@ -196,8 +155,6 @@ def main() -> int:
             print(f"{name}: {verdict} ({time.time() - start:.0f} s)", flush=True)
             if done.failed or name.startswith("tests/"):
                 print(done.output.strip(), flush=True)
-    for name, reason in NOT_YET.items():
-        print(f"{name}: not run ({reason})")
     print(f"{passed} passed, {failed} failed")
     return int(failed > 0)
 

@@ -15,7 +15,7 @@ from icl_distill.core.config import load_config, to_yaml
 
 root = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"]
-SOURCES += ["icl_distill", "configs"]
+SOURCES += ["icl_distill", "configs", "results"]
 QUICK = ["task.n_train=12", "task.n_dev=2", "task.n_test=4", "context.n_shots=2"]
 QUICK += ["teacher.top_k=16", "steps=2", "save_every=2", "batch_size=2"]
 QUICK += ["evaluate.max_new_tokens=4", "evaluate.batch_size=4"]
@@ -67,9 +67,10 @@ def installed(wheel, tmp_path_factory):
 
 def test_what_it_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    of = {p.relative_to(root).as_posix() for p in (root / "icl_distill").glob("*.py")}
+    of = {p.relative_to(root).as_posix() for p in (root / "icl_distill").rglob("*.py")}
     for folder in ("configs", "configs/plan", "configs/accelerate"):
         of |= {f"icl_distill/{folder}/{p.name}" for p in (root / folder).glob("*.yaml")}
+    of.add("icl_distill/results/reported.json")
     info = {n for n in names if ".dist-info/" in n}
     assert names - info == of
     assert any(n.endswith("/LICENSE") for n in info) and len(info) <= 8
@@ -84,6 +85,8 @@ def test_the_commands_that_compute_nothing(installed, tmp_path):
     assert "icl_distill 0" in said and "could not be told" not in said
     assert "A100-80GB" in run(installed, "estimate", "quickstart", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+    run(installed, "figures", "--out", "drawn", cwd=tmp_path)
+    assert list((tmp_path / "drawn").iterdir())
 
 
 def test_the_quickstart(installed, tmp_path):

@@ -223,7 +223,7 @@ def load_adapter(
 ):  # a PeftModel
     """The model with the checkpoint's adapter loaded and active, for inference.
 
-    Raises `InputError` as `Checkpoint.read` does.
+    Raises `InputError` as reading a `Checkpoint` does.
     """
     import peft
 
