@@ -1,10 +1,9 @@
 import os
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile(
     "project", deadline=None, derandomize=True, database=None
 )  # same examples everywhere; no clock in a verdict
@@ -35,7 +34,18 @@ def _cuda():
     return torch.cuda.is_available()
 
 
-# what the tests of training share: imported when asked for, since torch takes its time
+# what several files share: imported when asked for, since torch takes its time
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "Tiny tensors: on a busy machine, waiting for a second thread takes most of the time."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +61,9 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A tiny model as a folder."
-    from helpers_training import tiny, tokenizer
+    from icl_distill.testing import tiny_folder
 
-    out = tmp_path_factory.mktemp("model")
-    tiny().save_pretrained(out)
-    tokenizer().save_pretrained(out)
-    return out
+    return tiny_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

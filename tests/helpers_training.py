@@ -6,74 +6,54 @@ import subprocess
 import sys
 import time
 from functools import cache
+
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from icl_distill.data.alignment import align
+
 from icl_distill.core.config import ContextConfig, PromptConfig, load_config
+from icl_distill.core.runs import Run
+from icl_distill.data.alignment import align
 from icl_distill.data.contexts import Contexts
 from icl_distill.data.prompts import Prompter
-from icl_distill.data.tasks import Task
-from icl_distill.core.runs import Run
-from icl_distill.testing import noisy_adapter, quiet_environment, real_tokenizer, squares
+from icl_distill.testing import quiet_environment, real_tokenizer, square_task, tiny_model
 from icl_distill.training.loop import train
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
-environment = quiet_environment
-tokenizer = real_tokenizer
-with_adapter = noisy_adapter
-
-
-def tiny(kind="llama", seed=0, **over):
-    torch.manual_seed(seed)
-    sizes = (
-        dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(tokenizer()),
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-        | over
-    )
-    make = lambda c, m, **kw: m(c(**sizes, **kw))
-    model = (
-        make(LlamaConfig, LlamaForCausalLM)
-        if kind == "llama"
-        else make(Qwen3Config, Qwen3ForCausalLM, head_dim=8)
-    )
-    return model.requires_grad_(False).eval()
-
-
-EXAMPLES = squares()
-TOY = Task("toy", EXAMPLES, [], {})
+TOY = square_task()
+EXAMPLES = TOY.train
+PAD = real_tokenizer().pad_token_id
 
 
 @cache
 def toy_batch(kind="pool"):
     "Aligned examples of several contexts, and the contexts' prefixes."
-    p = Prompter(tokenizer(), PromptConfig())
+    prompter = Prompter(real_tokenizer(), PromptConfig())
     contexts = Contexts(ContextConfig(kind=kind, n_shots=2, pool_size=3), EXAMPLES)
-    als = [align(p, contexts(e), e) for e in EXAMPLES[:9] if e.id not in contexts.reserved]
-    return als, {c.key: p.shared_prefix(c) for c in contexts.shared}
+    aligned = [
+        align(prompter, contexts(example), example)
+        for example in EXAMPLES[:9]
+        if example.id not in contexts.reserved
+    ]
+    return aligned, {c.key: prompter.shared_prefix(c) for c in contexts.shared}
 
 
-def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip((a.values, a.ids, a.logz), (b.values, b.ids, b.logz))
+def same(first, second):
+    "Whether two sets of targets are equal bit for bit."
+    pairs = (
+        (first.values, second.values),
+        (first.ids, second.ids),
+        (first.logz, second.logz),
     )
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
-def close(a, b):
-    assert_close(a.values, b.values, rtol=1e-5, atol=1e-5)
-    assert_close(a.logz, b.logz, rtol=1e-5, atol=1e-5)
-    assert (a.ids == b.ids).float().mean() > 0.98  # equal but for ties within rounding
+def close(first, second):
+    "Two sets of targets are equal but for rounding."
+    assert_close(first.values, second.values, rtol=1e-5, atol=1e-5)
+    assert_close(first.logz, second.logz, rtol=1e-5, atol=1e-5)
+    assert (first.ids == second.ids).float().mean() > 0.98  # equal but for ties within rounding
 
 
 def config(run, *over):
@@ -96,16 +76,29 @@ def config(run, *over):
 
 
 def go(run, *over, base=None):
-    return train(config(run, *over), base or tiny(), tokenizer(), TOY, progress=False)
+    "Train in this process; the last checkpoint's folder."
+    return train(config(run, *over), base or tiny_model(), real_tokenizer(), TOY, progress=False)
+
+
+def gradient_of(model):
+    "The gradient of what is trained, as one row."
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def equal(a, b):
-    a, b = adapter(a), adapter(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def equal_tensors(first, second):
+    "Whether two dictionaries hold the same names and the same bits."
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def equal(first, second):
+    "Whether two checkpoints hold the same adapter."
+    return equal_tensors(adapter(first), adapter(second))
 
 
 def names(run):
@@ -115,6 +108,22 @@ def names(run):
 
 def lines(run):
     return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def steps_of(run):
+    "The steps that its metrics name."
+    return [json.loads(line)["step"] for line in lines(run)]
+
+
+def same_runs(first, second, steps=12):
+    "The same metrics, one line a step, and the same adapter at the end."
+    last = f"checkpoints/step_{steps:06d}"
+    assert equal(first / last, second / last)
+    assert lines(first) == lines(second)
+    assert steps_of(second) == list(range(1, steps + 1))
+
+
+# ---- the command, in this process and in others
 
 
 def arguments(folder, run, *over):
@@ -138,7 +147,7 @@ def arguments(folder, run, *over):
 def start(*args):
     return subprocess.Popen(
         [sys.executable, "-m", "icl_distill.train", *args],
-        env=environment(),
+        env=quiet_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,8 +155,8 @@ def start(*args):
 
 
 def here(folder, run, *over):
-    c, *rest = arguments(folder, run, *over)
-    return train(load_config(c, rest, "train"), progress=False)
+    name, *rest = arguments(folder, run, *over)
+    return train(load_config(name, rest, "train"), progress=False)
 
 
 def wait_for(test, process, seconds=60):
@@ -158,8 +167,3 @@ def wait_for(test, process, seconds=60):
 
 def count(run):
     return len(lines(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def same_runs(a, b):
-    assert equal(a / "checkpoints/step_000012", b / "checkpoints/step_000012")
-    assert lines(a) == lines(b) and [json.loads(l)["step"] for l in lines(b)] == list(range(1, 13))

