@@ -251,7 +251,7 @@ def estimate_command(
     show_estimate(plan(cfg, processes, accelerator, SHARE if share is None else share))
 
 # %% ../../nbs/app/10_cli.ipynb #c016x
-@_command("icl-distill export runs/quickstart/distill/checkpoints/step_000080 my-model")
+@_command("icl-distill export runs/quickstart/distill/checkpoints/step_000040 my-model")
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
