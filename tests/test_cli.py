@@ -205,7 +205,7 @@ def test_timing_two_steps_first_leaves_no_trace(arc, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options,name,steps", [([], "quickstart", 80), (["--small"], "quickstart_small", 20)]
+    "options,name,steps", [([], "quickstart", 40), (["--small"], "quickstart_small", 20)]
 )
 def test_small(options, name, steps, refused, monkeypatch):
     def stop(cfg):
