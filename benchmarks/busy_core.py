@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 WAYS = {"default": False, "calm": True}
@@ -104,18 +105,20 @@ def main():
     args = arguments()
     if args.child:
         return child(args)
-    from common import median, write
+    from common import in_turn, median, write
 
-    seconds, found = (
-        {f"{w}, {beside}": [] for w in WAYS for beside in ("alone", "beside one busy process")},
-        None,
-    )
-    for turn in range(args.rounds):
-        for name in list(seconds)[:: -1 if turn % 2 else 1]:
-            way, beside = name.split(", ")
-            with busy(beside != "alone"):
-                found = ask(args, way)
-            seconds[name] += found["seconds"]
+    def measured(way: str, crowded: bool, _) -> dict:
+        with busy(crowded):
+            return ask(args, way)
+
+    crowds = {"alone": False, "beside one busy process": True}
+    kinds = {
+        f"{way}, {beside}": partial(measured, way, crowded)
+        for way in WAYS
+        for beside, crowded in crowds.items()
+    }
+    found = in_turn(kinds, range(args.rounds))
+    seconds = {name: [s for one in each for s in one["seconds"]] for name, each in found.items()}
     mid = {name: median(s) for name, s in seconds.items()}
     slower = {w: mid[f"{w}, beside one busy process"] / mid[f"{w}, alone"] for w in WAYS}
     write(
@@ -132,7 +135,7 @@ def main():
             seconds=seconds,
             median=mid,
             busy_over_alone=slower,
-            environment=found["machine"],
+            environment=next(iter(found.values()))[-1]["machine"],
         ),
     )
     for name, s in mid.items():

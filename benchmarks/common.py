@@ -274,6 +274,27 @@ def machine() -> dict:
     return environment() | dict(cpu=cpu_name(), threads=torch.get_num_threads())
 
 
+def described(args, batches) -> dict:
+    "What a results file says of the data and the settings of its steps."
+
+    def count(f):
+        return [sum(map(f, batch)) for batch in batches]
+
+    return dict(
+        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
+        model=args.model,
+        batch=args.batch,
+        repeats=args.repeats,
+        dtype=args.dtype,
+        device=args.device,
+        tokens=dict(
+            student=count(lambda a: len(a.student_ids)),
+            teacher=count(lambda a: len(a.teacher_ids)),
+            answer=count(lambda a: a.n_answer),
+        ),
+    )
+
+
 def write(path: Path, results: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -282,9 +303,9 @@ def write(path: Path, results: dict):
 median = statistics.median
 
 
-def in_turn(ways: dict, repeats) -> dict[str, list[float]]:
-    """Seconds of each way, `f(x) -> seconds`, for each x of `repeats`: the ways in turn, and in the
-    opposite order every other time."""
+def in_turn(ways: dict, repeats) -> dict[str, list]:
+    """What each way measures, `f(x)` (seconds, mostly), for each x of `repeats`: the ways in turn,
+    and in the opposite order every other time."""
     out = {n: [] for n in ways}
     for i, x in enumerate(repeats):
         for n in list(ways)[:: -1 if i % 2 else 1]:

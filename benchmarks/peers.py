@@ -36,6 +36,7 @@ from common import (
     batches_of,
     configure,
     data_of,
+    described,
     in_turn,
     machine,
     median,
@@ -213,25 +214,12 @@ def main():
     )
     versions = {n: importlib.metadata.version(n) for n in ("trl", "transformers", "peft")}
 
-    def count(f):
-        return [sum(map(f, b)) for b in batches]
-
     write(
         args.out,
         dict(
             what="seconds of one training step (forward, backward, clipping, optimiser) of one "
             "micro-batch",
-            data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
-            model=args.model,
-            batch=args.batch,
-            repeats=args.repeats,
-            dtype=args.dtype,
-            device=args.device,
-            tokens=dict(
-                student=count(lambda a: len(a.student_ids)),
-                teacher=count(lambda a: len(a.teacher_ids)),
-                answer=count(lambda a: a.n_answer),
-            ),
+            **described(args, batches),
             peers=versions,
             seconds=seconds,
             median=mid,

@@ -22,6 +22,7 @@ from common import (
     batches_of,
     configure,
     data_of,
+    described,
     least_flops,
     in_child,
     in_turn,
@@ -94,22 +95,9 @@ def main():
         {m: int(in_child("--peak", m)) for m in MODES},
     )
 
-    def count(f):
-        return [sum(map(f, b)) for b in batches]
-
     out = dict(
         what="seconds of forward and backward of one micro-batch",
-        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
-        model=args.model,
-        batch=args.batch,
-        repeats=args.repeats,
-        dtype=args.dtype,
-        device=args.device,
-        tokens=dict(
-            student=count(lambda a: len(a.student_ids)),
-            teacher=count(lambda a: len(a.teacher_ids)),
-            answer=count(lambda a: a.n_answer),
-        ),
+        **described(args, batches),
         seconds=seconds,
         median=mid,
         ratio_to_sft={m: paired(seconds, m, "sft") for m in MODES},
