@@ -21,7 +21,6 @@ from icl_distill.core.devices import (
     choose_dtype,
     cores,
     gpu_count,
-    machine_line,
     machine_of,
     say_machine,
     settled,
@@ -395,14 +394,16 @@ def test_lines(machine):
     threads = f"{(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     first = "device cpu (no GPU is visible), "
     first += "dtype float32 (bfloat16 would be emulated on this processor), "
-    assert machine_line(Config()) == first + threads
+    assert machine_of(Config()).line() == first + threads
     assert (
-        machine_line(Config(), ("float16", "the run's own")).split(", ")[1]
+        machine_of(Config(), ("float16", "the run's own")).line().split(", ")[1]
         == "dtype float16 (the run's own)"
     )
     machine(["cuda"], (7, 5))
-    assert machine_line(Config()).startswith(
-        "device cuda (a GPU is visible), dtype float16 (compute capability 7.5), "
+    assert (
+        machine_of(Config())
+        .line()
+        .startswith("device cuda (a GPU is visible), dtype float16 (compute capability 7.5), ")
     )
     assert estimate_line(3.14, 240, "SFT", 3 * 2**29) == (
         "SFT: 3.1 s per step, about 13 min for the 240 steps left; 1.5 GiB of memory in use"

@@ -115,12 +115,18 @@ class Checkpoint:
             raise
         except (ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(f"checkpoint {str(folder)!r} is damaged: {error}") from error
-        if base_hash and info["base_hash"] != base_hash:
+        found = cls(folder, info)
+        if base_hash:
+            found.check_base(base_hash)
+        return found
+
+    def check_base(self, base_hash: str):
+        "Raises `InputError` where it was trained on other weights."
+        if self.base_hash != base_hash:
             raise InputError(
-                f"checkpoint {str(folder)!r} was trained on {info['base_model']!r} with weights "
-                f"{info['base_hash']}; the model given has weights {base_hash}"
+                f"checkpoint {str(self.folder)!r} was trained on {self.base_model!r} with weights "
+                f"{self.base_hash}; the model given has weights {base_hash}"
             )
-        return cls(folder, info)
 
     @property
     def step(self) -> int:

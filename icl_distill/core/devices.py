@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cores', 'calm_threads', 'threads_each', 'choose_device', 'gpu_count', 'device_name', 'cpu_bfloat16', 'choose_dtype',
-           'Machine', 'machine_of', 'machine_line', 'settled', 'say_machine', 'check_training', 'device_random_state',
+           'Machine', 'machine_of', 'settled', 'say_machine', 'check_training', 'device_random_state',
            'set_device_random_state', 'environment']
 
 # %% ../../nbs/core/07_devices.ipynb #dev003
@@ -210,11 +210,6 @@ def machine_of(
     if kept and cfg.model.dtype == "auto":
         return Machine(device, why, *kept, torch.get_num_threads())
     return Machine(device, why, *choose_dtype(cfg.model.dtype, device), torch.get_num_threads())
-
-# %% ../../nbs/core/07_devices.ipynb #dev024
-def machine_line(cfg: Config, kept: tuple[str, str] | None = None) -> str:
-    "One line: device, dtype and threads, with the reasons. Arguments as for `machine_of`."
-    return machine_of(cfg, kept).line()
 
 # %% ../../nbs/core/07_devices.ipynb #dev025
 def settled(cfg: Config, kept: tuple[str, str] | None = None) -> Config:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import icl_distill
+from ..core.config import shipped_configs
 from ..core.files import InputError, write_text
 from ..core.results import Reported, Results, read_reported
 from ..core.runs import Evaluation, Run
@@ -173,10 +173,8 @@ def load_reported(
     path: Path | None = None,  # of the file; None: results/reported.json, which is shipped
 ) -> Reported:
     "The published numbers. Raises `InputError` where the file is missing or not as it must be."
-    package = Path(icl_distill.__file__).resolve().parent
-    places = [folder / "results" / "reported.json" for folder in (package, package.parent)]
-    shipped = next((place for place in places if place.is_file()), places[-1])
-    return read_reported(Path(path) if path else shipped)
+    root = shipped_configs()["base"].resolve().parent.parent  # of the checkout, or the package
+    return read_reported(Path(path) if path else root / "results" / "reported.json")
 
 # %% ../../nbs/evaluation/15_figures.ipynb #fg21h
 def reported_results(

@@ -230,7 +230,7 @@ def load_adapter(
     ours = str(base_of(model).dtype).removeprefix("torch.")
     checkpoint = Checkpoint.read(folder)
     if base_hash and checkpoint.dtype in (None, ours):
-        Checkpoint.read(folder, base_hash)
+        checkpoint.check_base(base_hash)
     if hasattr(model, "peft_config"):
         model.load_adapter(str(folder), adapter_name=name)
         model.set_adapter(name)
