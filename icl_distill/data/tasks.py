@@ -9,12 +9,12 @@ __all__ = ['Task', 'check_leaks', 'split_dev', 'load_task']
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.config import TaskConfig
 from ..core.files import InputError
-from .examples import Example, Score, ScoringRule
+from .examples import Example, Question, Score, ScoringRule
 from .formats import read_jsonl
 from .word_problems import problem_splits
 
@@ -29,6 +29,7 @@ class Task:
     tests: dict[str, list[Example]]  # judged by: 'test', then further sets by name
     extract: str = "number"  # number | exact | regex
     regex: str | None = None  # for `regex`
+    questions: list[Question] = field(default_factory=list)  # without answers
 
     def score(self, text: str, example: Example) -> Score:
         "A text as the answer to an example. Raises `InputError` where its gold answer is empty."
