@@ -29,6 +29,7 @@ class Task:
     tests: dict[str, list[Example]]  # judged by: 'test', then further sets by name
     extract: str = "number"  # number | exact | regex
     regex: str | None = None  # for `regex`
+    shots: list[Example] = field(default_factory=list)  # contexts draw from them; none: from train
     questions: list[Question] = field(default_factory=list)  # without answers
 
     def score(self, text: str, example: Example) -> Score:
