@@ -111,15 +111,21 @@ class TaskConfig(Section):
     )
     dev_path: Text | None = setting(None, "jsonl: the development file; default: taken from train")
     test_path: Text | None = setting(None, "jsonl: the test file")
-    test_sets: TextByName = setting({}, "further test files (JSONL) by name")
+    test_sets: TextByName = setting({}, "further test files (JSONL or CSV) by name")
     strip_annotations: Switch = setting(False, "gsm8k: remove the calculator annotations <<…>>")
-    n_train: PositiveInt | None = setting(None, "at most this many; default: all there are")
+    n_train: PositiveInt | None = setting(
+        None, "at most this many; default: all there are; generated: 8, or 2000 word problems"
+    )
     n_questions: PositiveInt | None = setting(
         None,
         "without answers, at most this many: of a file 256 by default; generated: none by default",
     )
-    n_dev: PositiveInt | None = setting(None, "taken from train; default 200 for gsm8k, else 50")
-    n_test: PositiveInt | None = setting(None, "at most this many; default: all there are")
+    n_dev: PositiveInt | None = setting(
+        None, "taken from train (not from shots); default 200 for gsm8k, generated 40, else 50"
+    )
+    n_test: PositiveInt | None = setting(
+        None, "at most this many; default: all there are; generated: 240, or 300 word problems"
+    )
     seed: Seed = setting(0, "of the split, and of generated problems")
     steps: WorkedSteps = setting([1, 2, 3], "word_problems: worked steps, mixed evenly")
     question_field: Text = setting("question", "jsonl: the question's key")
