@@ -1,7 +1,7 @@
 """Run notebooks, and compare what they print with what is stored in them.
 
-    python tests/notebook.py nbs/data/07_alignment.ipynb           # compare
-    python tests/notebook.py --write nbs/data/07_alignment.ipynb   # store the new outputs
+    python tests/notebook.py nbs/data/08_alignment.ipynb           # compare
+    python tests/notebook.py --write nbs/data/08_alignment.ipynb   # store the new outputs
 
 Cells marked `eval: false`, `slow` or `cuda` are not run, and keep the outputs they have.
 """

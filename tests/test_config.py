@@ -471,7 +471,8 @@ choices += [("device", get_args(Config.model_fields["device"].annotation))]
 @pytest.mark.parametrize("key,values", choices, ids=[k for k, _ in choices])
 def test_choices(key, values):
     for v in values:
-        more = {"regex": ["task.regex=x"], "text": ["context.text=x"]}.get(v, [])
+        asked = ["task.questions_path=x.txt"] if key == "answers.source" else []
+        more = {"regex": ["task.regex=x"], "text": ["context.text=x"]}.get(v, asked)
         assert get(over(f"{key}={v}", *more), key) == v
     for bad in ("other", values[0] + "x", "", values[0].upper()):
         with raises(key):
@@ -532,6 +533,8 @@ def test_ranges(bad):
         ["task.extract=regex", "task.regex=("],
         ["context.kind=text"],
         ["context.kind=text", "context.text=   "],
+        ["answers.source=teacher"],
+        ["answers.source=agreed", "answers.min_agreement=0"],
     ],
 )
 def test_pairs(args):
@@ -898,6 +901,7 @@ def test_new_keys():
         "task",
         "prompt",
         "context",
+        "answers",
         "teacher",
         "loss",
         "train",

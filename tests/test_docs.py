@@ -192,7 +192,7 @@ def test_symbols_are_links(pages):
     "nbdev turns a name in backticks into a link to its page."
     assert any(
         f"[`align`]({SITE}data/alignment.html#align)" in text
-        for text in texts(pages["data/07_alignment.ipynb"])
+        for text in texts(pages["data/08_alignment.ipynb"])
     )
 
 

@@ -261,7 +261,7 @@ def test_other_config_is_not_mixed_in(cfg, tok, change):
     with pytest.raises(KeyboardInterrupt):
         go(cfg, Fake(tok, stop_after=3))
     other = replace(cfg, **{k: replace(getattr(cfg, k), **v) for k, v in change.items()})
-    with pytest.raises(InputError, match="another evaluation"):
+    with pytest.raises(InputError, match="answers to something else"):
         go(other, Fake(tok))
     elsewhere = on(other, output=str(Path(cfg.run) / "other" / "x.json"))
     assert len(go(elsewhere, Fake(tok)).conditions) == 2
@@ -281,7 +281,7 @@ def test_damaged_records(cfg, tok):
     for bad, msg in (
         (good[:3] + ["{oops"] + good[3:], "line 4: not JSON"),
         (good + [good[2]], "is there twice"),
-        (good[1:], "another evaluation"),
+        (good[1:], "answers to something else"),
     ):
         path.write_text("\n".join(bad) + "\n")
         with pytest.raises(InputError, match=msg):
@@ -896,7 +896,7 @@ def test_killed_and_finished(small, whole, tmp_path):
     other = by_command(small, run, "max_new_tokens=25")
     assert (
         other.returncode == 2
-        and "holds records of another evaluation" in other.stderr
+        and "holds answers to something else" in other.stderr
         and path.read_text() == kept
     )
     _, res, records = done(small, run)

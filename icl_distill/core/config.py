@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shipped_configs', 'load_config', 'to_yaml', 'config_hash', 'diff_configs', 'ModelConfig', 'LoraConfig', 'TaskConfig',
-           'PromptConfig', 'ContextConfig', 'TeacherConfig', 'LossConfig', 'TrainConfig', 'EvaluateConfig', 'Config',
-           'config_table', 'replace', 'config_dict']
+           'PromptConfig', 'ContextConfig', 'AnswersConfig', 'TeacherConfig', 'LossConfig', 'TrainConfig',
+           'EvaluateConfig', 'Config', 'config_table', 'replace', 'config_dict']
 
 # %% ../../nbs/core/04_config.ipynb #cf003
 import difflib
@@ -23,6 +23,7 @@ from pydantic import ValidationError
 # %% ../../nbs/core/04_config.ipynb #cf004
 from .files import InputError
 from icl_distill.core.schema import (
+    AnswersConfig,
     Config,
     ContextConfig,
     EvaluateConfig,
@@ -43,6 +44,7 @@ _all_ = [
     "TaskConfig",
     "PromptConfig",
     "ContextConfig",
+    "AnswersConfig",
     "TeacherConfig",
     "LossConfig",
     "TrainConfig",

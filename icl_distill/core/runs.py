@@ -165,6 +165,15 @@ class RunPaths:
         "The folder of the checkpoint after `step`."
         return self.checkpoints_path / step_folder(step)
 
+    @property
+    def labeller_path(self) -> Path:
+        "The run of the second labeller."
+        return self.path / "labeller"
+
+    def answers_path(self, name: str) -> Path:
+        "What a labeller answered to unlabelled questions; `labelled`: which are trained on."
+        return self.path / "answers" / f"{name}.jsonl"
+
     def bad_batch_path(self, rank: int) -> Path:
         "The batch of process `rank` whose loss was no number."
         return self.path / f"bad_batch_{rank}.json"

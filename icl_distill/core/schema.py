@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'LoraConfig', 'TaskConfig', 'PromptConfig', 'ContextConfig', 'TeacherConfig', 'LossConfig',
-           'TrainConfig', 'EvaluateConfig', 'Config', 'config_table']
+           'AnswersConfig', 'TrainConfig', 'EvaluateConfig', 'Config', 'config_table']
 
 # %% ../../nbs/core/03_schema.ipynb #sc003
 import re
@@ -93,17 +93,39 @@ class LoraConfig(Section):
 class TaskConfig(Section):
     "Where examples come from, and how an answer is scored."
 
-    name: Literal["gsm8k", "word_problems", "jsonl"] = setting("gsm8k", "which task")
+    name: Literal[
+        "gsm8k",
+        "word_problems",
+        "extraction",
+        "dates",
+        "past_tense",
+        "names",
+        "units",
+        "jsonl",
+    ] = setting("gsm8k", "which task")
     path: Text | None = setting(
         None, "gsm8k: hub id or folder with train.jsonl and test.jsonl; jsonl: the training file"
     )
+    questions_path: Text | None = setting(
+        None, "questions without answers: JSONL, CSV, or text with a question a line"
+    )
     dev_path: Text | None = setting(None, "jsonl: the development file; default: taken from train")
     test_path: Text | None = setting(None, "jsonl: the test file")
-    test_sets: TextByName = setting({}, "further test files (JSONL) by name")
+    test_sets: TextByName = setting({}, "further test files (JSONL or CSV) by name")
     strip_annotations: Switch = setting(False, "gsm8k: remove the calculator annotations <<…>>")
-    n_train: PositiveInt | None = setting(None, "at most this many; default: all there are")
-    n_dev: PositiveInt | None = setting(None, "taken from train; default 200 for gsm8k, else 50")
-    n_test: PositiveInt | None = setting(None, "at most this many; default: all there are")
+    n_train: PositiveInt | None = setting(
+        None, "at most this many; default: all there are; generated: 8, or 2000 word problems"
+    )
+    n_questions: PositiveInt | None = setting(
+        None,
+        "without answers, at most this many: of a file 256 by default; generated: none by default",
+    )
+    n_dev: PositiveInt | None = setting(
+        None, "taken from train (not from shots); default 200 for gsm8k, generated 40, else 50"
+    )
+    n_test: PositiveInt | None = setting(
+        None, "at most this many; default: all there are; generated: 240, or 300 word problems"
+    )
     seed: Seed = setting(0, "of the split, and of generated problems")
     steps: WorkedSteps = setting([1, 2, 3], "word_problems: worked steps, mixed evenly")
     question_field: Text = setting("question", "jsonl: the question's key")
@@ -199,6 +221,23 @@ class LossConfig(Section):
             )
         return self
 
+# %% ../../nbs/core/03_schema.ipynb #sc019c
+class AnswersConfig(Section):
+    "Whose answers are supervised."
+
+    source: Literal["gold", "teacher", "agreed"] = setting(
+        "gold",
+        "gold; the prompted teacher's; or those of it with which a second labeller agrees",
+    )
+    labeller_steps: PositiveInt = setting(
+        20, "agreed: steps of SFT on the shots that make the second labeller"
+    )
+    min_agreement: Fraction = setting(0.4, "agreed: where fewer agree, the fall back")
+    fall_back: Switch = setting(
+        True, "agreed: below min_agreement, train on all of the teacher's answers; false: stop"
+    )
+    shot_repeats: Count = setting(4, "how often each shot stands among the answered questions")
+
 # %% ../../nbs/core/03_schema.ipynb #sc021
 class TrainConfig(Section):
     "Optimisation: AdamW. The effective batch is processes × batch_size × accumulation."
@@ -247,6 +286,7 @@ class Config(Section):
     task: TaskConfig = Field(default_factory=TaskConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     context: ContextConfig = Field(default_factory=ContextConfig)
+    answers: AnswersConfig = Field(default_factory=AnswersConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -254,6 +294,15 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting("auto", "where the model runs")
     seed: Seed = setting(42, "of the adapter's first weights, the order of examples, and dropout")
     run: NonEmpty = setting("runs/default", "the run's folder")
+
+    @model_validator(mode="after")
+    def _answers_have_questions(self):
+        if self.answers.source == "gold" or self.task.questions_path or self.task.n_questions:
+            return self
+        raise disagree(
+            f"answers.source is {self.answers.source!r}, but there are no questions to answer: "
+            "name their file in task.questions_path, or give task.n_questions for a generated task"
+        )
 
 # %% ../../nbs/core/03_schema.ipynb #sc029
 def config_table(model: type[Section] = Config) -> list[dict[str, Any]]:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import InputError, run_lock, write_text
-from ..core.record_lines import RecordLine
+from ..core.record_lines import RecordLine, RecordsFile, written
 from ..data.examples import Example
-from .records import RecordsFile, written
 
 # %% ../../nbs/evaluation/05_shards.ipynb #s002
 @dataclass(frozen=True)

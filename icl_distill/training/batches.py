@@ -88,8 +88,9 @@ class Data:
 # %% ../../nbs/training/01_batches.ipynb #k006
 def _contexts(cfg: Config, task: Task) -> Contexts | None:
     "What the teacher may read; for SFT only where a shared context reserves examples."
-    if cfg.loss.weight > 0 or cfg.context.kind in ("fixed", "shuffled_answers"):
-        return Contexts(cfg.context, task.train)
+    reserving = cfg.context.kind in ("fixed", "shuffled_answers") and not task.shots
+    if cfg.loss.weight > 0 or reserving:
+        return Contexts(cfg.context, task.shots or task.train)
     return None
 
 
