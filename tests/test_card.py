@@ -242,6 +242,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     folder = tiny_folder(place / "base")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=5.0)
+    base.generation_config.save_pretrained(folder)  # defaults that the code must not heed
     noisy_adapter(base).save_pretrained(place / "raw")
     info = dict(step=40, base_model=str(folder), base_hash="0" * 16)
     seal(place / "raw", place / "checkpoint", info)
