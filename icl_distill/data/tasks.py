@@ -47,10 +47,10 @@ def _folded(example: Example | Question) -> str:
 def check_leaks(task: Task):
     """Raises `InputError` where a split is empty, or a question is in a split before it.
 
-    Of a task with questions, dev and test may be empty."""
+    Of a task with questions, any of them may be empty."""
     seen: dict[str, tuple[str, str]] = {}  # question -> the first split it stands in, its id there
     for split, examples in (("train", task.train), ("dev", task.dev), *task.tests.items()):
-        if not examples and (split == "train" or not task.questions):
+        if not examples and not task.questions:
             raise InputError(f"task {task.name!r}: no examples in {split}")
         for e in examples:
             where, other = seen.get(_folded(e), ("", ""))
@@ -193,9 +193,7 @@ _MOST_QUESTIONS = 256  # of a file, where task.n_questions is not given
 
 def _shots_and_questions(cfg: TaskConfig) -> Task:
     "A task of one's own with questions: shots from `task.path`, and whatever else has a file."
-    if not cfg.path:
-        raise InputError("task.questions_path: task.path must name the file of worked examples")
-    shots = _first(_read(cfg, cfg.path, "train"), cfg.n_train, "n_train")
+    shots = _first(_read(cfg, cfg.path, "train"), cfg.n_train, "n_train") if cfg.path else []
     dev = _read(cfg, cfg.dev_path, "dev") if cfg.dev_path else []
     tests = {}
     if cfg.test_path:
@@ -271,7 +269,7 @@ def load_task(
     for name, path in cfg.test_sets.items():
         _check_set_name(name)
         task.tests[name] = _read(cfg, path, name)
-    if task.questions:
+    if task.questions and (task.train or cfg.path):
         check_shots(task.train)
     check_leaks(task)
     shots = task.train if task.questions else []
