@@ -83,7 +83,7 @@ def on(model):
 @pytest.fixture(scope="module")
 def arc(on, tmp_path_factory):  # the quickstart: its folder, its arguments, what it printed
     run = tmp_path_factory.mktemp("arc") / "run"
-    args = ["quickstart", *on, *two, f"run={run}"]
+    args = ["quickstart", "--paper", *on, *two, f"run={run}"]
     return run, args, fine(*args)
 
 
@@ -120,6 +120,7 @@ def said(err, words, nothing=None):
 @pytest.mark.parametrize(
     "name",
     [
+        "bake",
         "quickstart",
         "train",
         "evaluate",
@@ -196,7 +197,7 @@ def test_quickstart_says_before_it_starts_what_it_does(arc):
 
 def test_timing_two_steps_first_leaves_no_trace(arc, tmp_path):
     "Without it the curves are the same, number for number."
-    cfg = load_config("quickstart", [*arc[1][1:-1], f"run={tmp_path / 'run'}"], "train")
+    cfg = load_config("quickstart", [*arc[1][2:-1], f"run={tmp_path / 'run'}"], "train")
     run_quickstart(cfg, progress=False)
     for name in ("sft", "distill"):
         assert (tmp_path / "run" / name / "metrics.jsonl").read_bytes() == (
@@ -205,13 +206,20 @@ def test_timing_two_steps_first_leaves_no_trace(arc, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options,name,steps", [([], "quickstart", 40), (["--small"], "quickstart_small", 20)]
+    "options,name,steps",
+    [
+        ([], "bake", 40),
+        (["--small"], "bake_small", 30),
+        (["--paper"], "quickstart", 40),
+        (["--paper", "--small"], "quickstart_small", 20),
+    ],
 )
 def test_small(options, name, steps, refused, monkeypatch):
     def stop(cfg):
         raise InputError(f"{cfg.run} would train {cfg.train.steps} steps with {cfg.train.lr}")
 
     monkeypatch.setattr("icl_distill.app.quickstart.run_quickstart", stop)
+    monkeypatch.setattr("icl_distill.app.bake.run_bake", stop)
     refused(
         "quickstart",
         *options,
@@ -544,6 +552,7 @@ def test_the_quickstart_refuses(on, refused, tmp_path):
     ):
         refused(
             "quickstart",
+            "--paper",
             *on,
             *two,
             arg,
@@ -565,6 +574,7 @@ def test_the_quickstart_refuses_before_it_trains(arg, words, on, refused, tmp_pa
     "What only the second arm or the evaluation would find."
     refused(
         "quickstart",
+        "--paper",
         *on,
         *two,
         arg,
@@ -713,6 +723,7 @@ def test_gsm8k_with_the_small_model(tmp_path):
         pytest.skip(f"no GSM8K files in {data} (ICL_DISTILL_GSM8K)")
     args = [
         "quickstart",
+        "--paper",
         "task.name=gsm8k",
         f"task.path={data}",
         "task.n_train=200",

@@ -87,7 +87,9 @@ def test_the_defaults_are_the_papers():
 def test_shipped():
     assert set(shipped_configs()) == {
         "bake",
+        "bake_small",
         "base",
+        "few_labels",
         "online_v1",
         "llama3b",
         "online_v1_llama",
@@ -118,6 +120,17 @@ def test_shipped():
         "runs/quickstart",
     )
     assert q.model.dtype == load_config("bake").model.dtype == "float32"  # repeats anywhere
+    bake = load_config("bake")
+    assert (bake.answers.source, bake.loss.weight, bake.context.n_shots) == ("agreed", 0, 7)
+    changed = diff_configs(config_dict(bake), config_dict(load_config("bake_small")))
+    assert {d.split(":")[0] for d in changed} == {
+        "run",
+        "task.n_dev",
+        "task.n_questions",
+        "task.n_test",
+        "train.save_every",
+        "train.steps",
+    }
     small = config_dict(load_config("quickstart_small"))
     assert {d.split(":")[0] for d in diff_configs(config_dict(q), small)} == {
         "run",

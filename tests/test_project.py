@@ -21,11 +21,12 @@ core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts prompts alignment
 objectives: targets losses chunked_loss
 models: loading shared_prefix teacher generation vllm_engine engines
-training: batches state step loop
+training: batches state step loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures
-app: estimate plan launched monitor launch widgets export usage card report quickstart doctor cli
+app: estimate plan launched monitor launch widgets export preflight usage card report bake
+app: quickstart doctor command bake_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

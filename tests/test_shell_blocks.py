@@ -195,7 +195,7 @@ def small_args(command: str, args: list[str]) -> tuple[list[str], str]:
         return args, ""
     name, over = params.get("config"), params["overrides"] or []
     if command == "quickstart":
-        name = "quickstart_small" if params["small"] else "quickstart"
+        name = ("quickstart" if params["paper"] else "bake") + "_small" * params["small"]
     if command == "evaluate":
         cfg = config_for_evaluation(name, over)
     else:

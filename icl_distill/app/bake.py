@@ -143,7 +143,7 @@ def forecast(work: Work) -> float:  # seconds
     steps = cfg.train.steps
     if task.train:
         steps += cfg.answers.labeller_steps * (2 if task.dev else 1)
-    items = sum(map(len, task.tests.values()))
+    items = sum(map(len, (task.train, task.dev, *task.tests.values())))
     # bare questions are short: all three bare conditions together cost about one prompted one
     return each * 2 * (len(task.questions) + items) + step * steps
 

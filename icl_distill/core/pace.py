@@ -86,13 +86,15 @@ def estimate_line(
 
 # %% ../../nbs/core/06_pace.ipynb #pace015
 def too_long(
-    minutes: float,  # that the quickstart will take in all
+    minutes: float,  # that all of it will take
 ) -> str:  # '' where that is at most 20
-    "What makes the quickstart shorter, where it would take more than 20 minutes."
+    "What makes a bake or the quickstart shorter, where it would take more than 20 minutes."
     if minutes <= 20:
         return ""
-    shorter = "`icl-distill quickstart --small` takes fewer steps and questions."
-    return f"The whole will take about {span(60 * minutes)}; {shorter}"
+    return (
+        "Fewer steps, questions and test items make it shorter; `icl-distill quickstart --small` "
+        "takes train.steps=30 task.n_questions=64 task.n_test=100."
+    )
 
 # %% ../../nbs/core/06_pace.ipynb #pace018
 def say(text: str):

@@ -200,7 +200,7 @@ def _shots_and_questions(cfg: TaskConfig) -> Task:
         tests["test"] = _first(_read(cfg, cfg.test_path, "test"), cfg.n_test, "n_test")
     most = cfg.n_questions or _MOST_QUESTIONS
     questions = read_questions(str(cfg.questions_path), most, cfg.question_field)
-    return Task("jsonl", shots, dev, tests, cfg.extract, cfg.regex, questions)
+    return Task("jsonl", shots, dev, tests, cfg.extract, cfg.regex, questions=questions)
 
 # %% ../../nbs/data/05_tasks.ipynb #tk09f
 def _unanswered(examples: list[Example]) -> list[Question]:
