@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers_data import changed, refused, write
+from helpers_data import changed, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from icl_distill.data import formats
 from icl_distill.data.examples import Example, Question
 from icl_distill.data.formats import read_examples, read_jsonl, read_questions
 from icl_distill.data.tasks import Task, check_leaks, check_shots, load_task
+from icl_distill.testing import raises
 
 texts = st.text(min_size=1, max_size=30).filter(str.strip)
 rows_of_texts = st.lists(st.tuples(texts, texts), min_size=1, max_size=6)
@@ -95,14 +96,19 @@ BAD_TABLES = {
 @pytest.mark.parametrize("text,words", [(t, w) for t, *w in BAD_TABLES.values()], ids=BAD_TABLES)
 def test_a_bad_table_is_named(text, words, tmp_path):
     path = write(tmp_path, "mine.csv", text)
-    refused(lambda: read_examples(path, "train"), path, *words)
+    with raises(path, *words):
+        read_examples(path, "train")
 
 
 def test_no_such_table(tmp_path):
-    refused(lambda: read_examples(tmp_path / "x.csv", "train"), "x.csv", "no such file")
-    refused(lambda: read_questions(tmp_path / "x.csv", 3), "x.csv", "no such file")
-    refused(lambda: read_questions(tmp_path / "x.txt", 3), "x.txt", "no such file")
-    refused(lambda: read_questions(tmp_path, 3), "no such file")
+    with raises("x.csv", "no such file"):
+        read_examples(tmp_path / "x.csv", "train")
+    with raises("x.csv", "no such file"):
+        read_questions(tmp_path / "x.csv", 3)
+    with raises("x.txt", "no such file"):
+        read_questions(tmp_path / "x.txt", 3)
+    with raises("no such file"):
+        read_questions(tmp_path, 3)
 
 
 # --- questions alone
@@ -201,7 +207,8 @@ def test_reading_stops_early(kind, tmp_path, monkeypatch):
     questions = read_questions(path, 100)
     assert [q.question for q in questions] == [q for (q,) in rows[1:101]]
     assert len(checked) == 101
-    refused(lambda: read_questions(path, 2 * N), "not UTF-8")
+    with raises("not UTF-8"):
+        read_questions(path, 2 * N)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,8 @@ def test_reading_stops_early(kind, tmp_path, monkeypatch):
 )
 def test_no_file_of_questions(name, text, words, tmp_path):
     path = write(tmp_path, name, text)
-    refused(lambda: read_questions(path, 9), path, *words)
+    with raises(path, *words):
+        read_questions(path, 9)
 
 
 def test_the_word_answer_is_no_answer(tmp_path):
@@ -297,12 +305,8 @@ def test_a_large_file_is_capped(mine, tmp_path, capsys):
 @pytest.mark.parametrize("question", ["verb 2", " verb 2 ", "verb   2"])
 def test_a_question_that_is_a_shot(question, mine, tmp_path):
     path = write(tmp_path, "q.txt", f"to fly\n{question}\n")
-    refused(
-        lambda: load_task(changed(mine, questions_path=path)),
-        "question-1",
-        "shot 'train-2'",
-        "leak",
-    )
+    with raises("question-1", "shot 'train-2'", "leak"):
+        load_task(changed(mine, questions_path=path))
 
 
 @pytest.mark.parametrize(
@@ -315,27 +319,35 @@ def test_a_question_that_is_judged_by(key, split, mine, tmp_path):
         [{"question": "h", "answer": "x"}, {"question": "to  see", "answer": "x"}],
     )
     cfg = changed(mine, **{key: {"more": path} if key == "test_sets" else path})
-    refused(lambda: load_task(cfg), "'question-1'", f"{split} example '{split}-1'", "leak")
+    with raises("'question-1'", f"{split} example '{split}-1'", "leak"):
+        load_task(cfg)
 
 
 def test_leaks_between_the_others_are_still_found(mine, tmp_path):
     held = write(tmp_path, "held.jsonl", [{"question": "verb 1", "answer": "x"}])
-    refused(lambda: load_task(changed(mine, test_path=held)), "test-0", "train-1", "leak")
-    refused(lambda: load_task(changed(mine, dev_path=held)), "dev-0", "train-1", "leak")
+    with raises("test-0", "train-1", "leak"):
+        load_task(changed(mine, test_path=held))
+    with raises("dev-0", "train-1", "leak"):
+        load_task(changed(mine, dev_path=held))
 
 
-def test_only_a_task_with_questions_may_lack_dev_and_test():
+def test_only_a_task_with_questions_may_lack_splits():
     shots = [Example("s", "q", "a")]
-    refused(lambda: check_leaks(Task("x", shots, [], {"test": shots})), "no examples in dev")
-    refused(lambda: check_leaks(Task("x", [], [], {}, questions=[Question("q", "w")])), "train")
+    with raises("no examples in dev"):
+        check_leaks(Task("x", shots, [], {"test": shots}))
+    with raises("no examples in train"):
+        check_leaks(Task("x", [], shots, {"test": shots}))
+    check_leaks(Task("x", [], [], {}, questions=[Question("q", "w")]))
     check_leaks(Task("x", shots, [], {"test": []}, questions=[Question("q", "w")]))
 
 
 @pytest.mark.parametrize("n,word", [(1, "1 worked example is"), (2, "2 worked examples are")])
 def test_too_few_shots(n, word, mine, tmp_path):
-    refused(lambda: load_task(changed(mine, n_train=n)), word, "3 or more")
+    with raises(word, "3 or more"):
+        load_task(changed(mine, n_train=n))
     rows = [{"question": f"q{i % n}", "answer": "a"} for i in range(6)]
-    refused(lambda: load_task(changed(mine, path=write(tmp_path, "few.jsonl", rows))), word)
+    with raises(word):
+        load_task(changed(mine, path=write(tmp_path, "few.jsonl", rows)))
 
 
 def test_shots_that_contradict_each_other(mine, tmp_path):
@@ -343,9 +355,8 @@ def test_shots_that_contradict_each_other(mine, tmp_path):
         {"question": q, "answer": a} for q, a in [("a", "1"), ("b", "2"), ("c", "3"), (" a", "4")]
     ]
     path = write(tmp_path, "odd.jsonl", rows)
-    refused(
-        lambda: load_task(changed(mine, path=path)), "'train-0'", "'train-3'", "'1'", "'4'", "keep"
-    )
+    with raises("'train-0'", "'train-3'", "'1'", "'4'", "keep"):
+        load_task(changed(mine, path=path))
     rows[3]["answer"] = "1 "
     assert len(load_task(changed(mine, path=write(tmp_path, "fine.jsonl", rows))).train) == 4
 
@@ -354,15 +365,21 @@ def test_shots_that_contradict_each_other(mine, tmp_path):
 def test_shots_are_refused_for_a_reason(pairs):
     shots = [Example(f"s{i}", q, a) for i, (q, a) in enumerate(pairs)]
     if len({q for q, _ in pairs}) < 3 or len(set(pairs)) > len({q for q, _ in pairs}):
-        refused(lambda: check_shots(shots))
+        with raises():
+            check_shots(shots)
     else:
         check_shots(shots)
+
+
+def test_without_a_file_of_shots_there_are_none(mine):
+    "Instructions may stand in their place."
+    task = load_task(changed(mine, path=None))
+    assert task.train == [] and task.questions
 
 
 @pytest.mark.parametrize(
     "change,words",
     [
-        ({"path": None}, ["task.path"]),
         ({"path": "gone.csv"}, ["gone.csv", "no such file"]),
         ({"questions_path": "gone.txt"}, ["gone.txt", "no such file"]),
         ({"test_path": "gone.jsonl"}, ["gone.jsonl"]),
@@ -378,15 +395,13 @@ def test_no_task_with_questions(change, words, mine, tmp_path):
     if change.get("path") == "letters":
         rows = [{"question": q, "answer": q} for q in "abc"]
         change = change | {"path": write(tmp_path, "letters.jsonl", rows)}
-    refused(lambda: load_task(changed(mine, **change)), *words)
+    with raises(*words):
+        load_task(changed(mine, **change))
 
 
 def test_gsm8k_generates_no_questions(tmp_path):
-    refused(
-        lambda: load_task(TaskConfig(path=str(tmp_path), n_questions=4)),
-        "task.n_questions",
-        "gsm8k",
-    )
+    with raises("task.n_questions", "gsm8k"):
+        load_task(TaskConfig(path=str(tmp_path), n_questions=4))
 
 
 def test_nothing_is_written(mine, tmp_path):

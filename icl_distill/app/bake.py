@@ -36,7 +36,7 @@ from ..evaluation.evaluate import evaluate, out_path
 from ..models.generation import TransformersEngine
 from ..models.loading import load_model
 from ..training.answers import Asking, ask, labeller_config, prompted
-from ..training.labels import answered_task, label, labels_text, why_not
+from ..training.labels import answered_task, check_answers, label, labels_text, why_not
 from ..training.loop import train
 
 # %% ../../nbs/app/12_bake.ipynb #bk06
@@ -121,6 +121,7 @@ def set_up(cfg: Config, progress: bool = True) -> Work:
     if cfg.answers.source == "gold":
         raise InputError("a bake has no gold answers: answers.source must be teacher or agreed")
     task, model = load_task(cfg.task), cfg.model
+    check_answers(cfg, task)
     tok = load_tokenizer(model.name, model.revision, model.trust_remote_code)
     cfg, machine = settled(cfg), machine_of(cfg)
     if progress:
@@ -159,7 +160,7 @@ def hold_out(
     keep = len(task.questions) - n
     return dataclasses.replace(task, questions=task.questions[:keep]), task.questions[keep:]
 
-
+# %% ../../nbs/app/12_bake.ipynb #bk11b
 def prompt_set(
     work: Work,
     held_out: list[Question],
@@ -256,6 +257,16 @@ def _before(work: Work) -> Preflight:
     return flight
 
 
+def _gather(work: Work, results: Results, tests: dict, flight: Preflight) -> Baked:
+    "What card and report are made of."
+    place, items = Evaluation(out_path(work.cfg)), next(iter(tests.values()))
+    records = {name: place.records(name) for name in results.conditions}
+    questions = {item.id: item.question for item in items}
+    sentences = preflight_text(flight, work.cfg.answers.min_agreement)
+    verdict = bake_verdict(results)
+    return Baked(work.cfg, results, records, questions, flight.labels, sentences, verdict)
+
+# %% ../../nbs/app/12_bake.ipynb #bk19a
 def run_bake(
     cfg: Config,  # as `bake_config` gives it, or `configs/bake.yaml` as it is
     progress: bool = True,  # bars, and what is being done
@@ -276,16 +287,6 @@ def run_bake(
     write_adapter(baked, student, run.path / "adapter", name)
     write_report(baked, run.path / "report.html")
     return baked
-
-
-def _gather(work: Work, results: Results, tests: dict, flight: Preflight) -> Baked:
-    "What card and report are made of."
-    place, items = Evaluation(out_path(work.cfg)), next(iter(tests.values()))
-    records = {name: place.records(name) for name in results.conditions}
-    questions = {item.id: item.question for item in items}
-    sentences = preflight_text(flight, work.cfg.answers.min_agreement)
-    verdict = bake_verdict(results)
-    return Baked(work.cfg, results, records, questions, flight.labels, sentences, verdict)
 
 # %% ../../nbs/app/12_bake.ipynb #bk19c
 def merged(baked: Baked) -> Path:

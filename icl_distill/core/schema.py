@@ -297,26 +297,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _answers_have_questions(self):
-        source, task = self.answers.source, self.task
-        if source == "gold":
+        if self.answers.source == "gold" or self.task.questions_path or self.task.n_questions:
             return self
-        if not task.questions_path and not task.n_questions:
-            raise disagree(
-                f"answers.source is {source!r}, but there are no questions to answer: name their "
-                "file in task.questions_path, or give task.n_questions for a generated task"
-            )
-        if task.name == "jsonl" and not task.path:
-            if self.context.kind != "text":
-                raise disagree(
-                    "answers need a prompt: name the file of worked examples in task.path, or give "
-                    "instructions with context.kind text"
-                )
-            if source == "agreed":
-                raise disagree(
-                    "answers.source 'agreed' needs worked examples for its second labeller: name "
-                    "their file in task.path, or set answers.source to teacher"
-                )
-        return self
+        raise disagree(
+            f"answers.source is {self.answers.source!r}, but there are no questions to answer: "
+            "name their file in task.questions_path, or give task.n_questions for a generated task"
+        )
 
 # %% ../../nbs/core/03_schema.ipynb #sc029
 def config_table(model: type[Section] = Config) -> list[dict[str, Any]]:
