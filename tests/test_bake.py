@@ -140,9 +140,10 @@ def test_instructions_in_place_of_shots(files, model):
     prompt, bare = (baked.results.conditions[k] for k in ("few_shot", "zero_shot"))
     assert prompt.n_shots == 0 and prompt.mean_prompt_tokens > bare.mean_prompt_tokens
     with raises("second labeller"):
-        bake_config(model, paths, Path("out"), ["answers.source=agreed"])
+        run_bake(bake_config(model, paths, Path("other"), ["answers.source=agreed"]))
     with raises("need a prompt", "context.kind text"):
-        bake_config(model, paths | {"system": None}, Path("out"))
+        run_bake(bake_config(model, paths | {"system": None}, Path("other")))
+    assert not Path("other").exists()
 
 
 def test_the_command(files, model):
