@@ -1,6 +1,6 @@
 """Few-shot distillation: bake worked examples into a model's weights.
 
-    from icl_distill import Run, evaluate, load_config, train
+    from icl_distill import Run, bake, evaluate, load_config, train
 
 Names are imported when they are used: `import icl_distill` itself loads no torch.
 """
@@ -13,11 +13,12 @@ from types import ModuleType
 
 _WHERE = {
     "Run": "icl_distill.core.runs",
+    "bake": "icl_distill.app.bake",
     "evaluate": "icl_distill.evaluation.evaluate",
     "load_config": "icl_distill.core.config",
     "train": "icl_distill.training.labels",
 }
-__all__ = ["Run", "evaluate", "load_config", "train"]
+__all__ = ["Run", "bake", "evaluate", "load_config", "train"]
 
 
 def __getattr__(name: str):

@@ -1,12 +1,12 @@
 """Kill training and evaluation at random moments, go on, compare: `python tests/kill_loop.py`.
 
-A tiny random model is trained by the real command, in a process of its own, with targets cached on
-disk, in RAM, or not at all, and then evaluated. Each process gets a SIGKILL at a drawn moment:
-while it starts, a drawn number of steps later, while it writes a checkpoint, or while it evaluates.
-The same command goes on from there, until it comes to its end. Metrics, every file of every
-checkpoint, cached targets, records and results must then be those of a run that was never
-interrupted, bit for bit. Ends with a count; the exit code is 1 where something differs.
-`--times 100` kills a hundred times.
+A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
+in RAM, or not at all, or on its own answers where a second labeller agrees, and then evaluated.
+Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
+later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
+until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
+and results must then be those of a run that was never interrupted, bit for bit. Ends with a count;
+the exit code is 1 where something differs. `--times 100` kills a hundred times.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import load_file
 
 from icl_distill.core.devices import environment
-from icl_distill.testing import quiet_environment, tiny_folder
+from icl_distill.testing import answering_folder, quiet_environment
 
-MEMORY = ("disk", "ram", "off")
+ARMS = ("disk", "ram", "off", "agreed")  # where targets are cached; or whose answers are learnt
 PHASES = ("start", "step", "save")
 OVER = [
     "model.dtype=float32",
@@ -50,6 +50,7 @@ TRAIN = [
     "batch_size=3",
     "accumulation=2",
 ]  # 22 examples: three epochs and a part
+AGREED = ["task.n_questions=20", "answers.labeller_steps=6", "answers.shot_repeats=1"]
 EVALUATE = [
     "conditions=[zero_shot]",
     "steps=[12]",
@@ -62,20 +63,26 @@ THE_COMMAND = "from icl_distill.app.cli import main\nmain()"
 
 @dataclass
 class Job:
-    "A run of the tiny model: where, and how its targets are cached."
+    "A run of the tiny model: where, and what kind of one."
 
     model: Path
     run: Path
-    memory: str  # one of `MEMORY`
+    arm: str  # one of `ARMS`
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("answer", *PHASES) if self.arm == "agreed" else PHASES
 
     def command(self, name: str) -> list[str]:
         "What follows `python` to train or to evaluate."
-        given = ["quickstart", f"model.name={self.model}", f"run={self.run}"]
+        agreed = self.arm == "agreed"
+        config = "bake" if agreed else "quickstart"
+        own = AGREED if agreed else [f"teacher.cache={self.arm}"]
+        given = [config, f"model.name={self.model}", f"run={self.run}", *own, *OVER]
         if name == "train":
-            cache = f"teacher.cache={self.memory}"
-            return ["-m", "icl_distill.train", *given, cache, *OVER, *TRAIN]
+            return ["-m", "icl_distill.train", *given, *TRAIN]
         checkpoints = f"checkpoints={self.run}"
-        return ["-c", THE_COMMAND, "evaluate", *given, checkpoints, *OVER, *EVALUATE]
+        return ["-c", THE_COMMAND, "evaluate", *given, checkpoints, *EVALUATE]
 
 
 # ---- what must not depend on being killed
@@ -116,7 +123,7 @@ def results_of(path):
 
 
 def outcome(job: Job) -> dict:
-    "Name -> content of metrics, checkpoints, cached targets, records and results."
+    "Name -> content of metrics, checkpoints, answers, cached targets, records and results."
     run = job.run
     out = {
         "metrics.jsonl": (run / "metrics.jsonl").read_text(),
@@ -125,9 +132,12 @@ def outcome(job: Job) -> dict:
     }
     for path in sorted(run.glob("checkpoints/step_*")):
         out[path.name] = checkpoint_of(path)
-    for path in sorted(run.glob("evaluation/records/*.jsonl")):
-        out[path.name] = records_of(path)
-    if job.memory == "disk":
+    for kind in ("evaluation/records", "answers"):
+        for path in sorted(run.glob(f"{kind}/*.jsonl")):
+            out[f"{kind}/{path.name}"] = records_of(path)
+    for path in sorted(run.glob("labeller/checkpoints/step_*")):
+        out[f"labeller/{path.name}"] = checkpoint_of(path)
+    if job.arm == "disk":
         found = sorted(run.glob("targets/*/*.safetensors"))
         out["targets"] = {path.name: digests(path) for path in found}
     return out
@@ -154,7 +164,8 @@ def lines(path):
 
 
 def answers(run):
-    return sum(map(lines, run.glob("evaluation/records/*.jsonl")))
+    "Of the evaluation, and to the questions that are trained on."
+    return sum(map(lines, (*run.glob("evaluation/records/*.jsonl"), *run.glob("answers/*.jsonl"))))
 
 
 def half_written(run):
@@ -173,6 +184,8 @@ def where(before: State, now: State, name: str) -> str:
         return "evaluating" if now.answers > before.answers else "starting to evaluate"
     if now.half_written - before.half_written:
         return "within a checkpoint"
+    if now.answers > before.answers and now.steps == before.steps:
+        return "answering questions"
     moved = now.half_written != before.half_written or now.steps != before.steps
     return "between steps" if moved else "before the first step"
 
@@ -196,7 +209,7 @@ def moment(phase: str, run: Path, rng: random.Random) -> Moment:
     if phase == "save":
         old = half_written(run)
         return Moment(lambda: bool(half_written(run) - old), rng.choice([0, rng.uniform(0, 0.05)]))
-    if rng.random() < 0.3:
+    if phase == "evaluate" and rng.random() < 0.3:
         return Moment(lambda: True, rng.uniform(0, 8))
     answer = answers(run) + rng.randint(1, 6)
     return Moment(lambda: answers(run) >= answer, rng.uniform(0, 0.1))
@@ -232,9 +245,9 @@ class Loop:
         self.times = times
         self.seed = seed
         self.folder = folder
-        self.model = tiny_folder(folder / "model", max_position_embeddings=4096)
+        self.model = answering_folder(folder / "model")
         self.rng = random.Random(seed)
-        self.wanted: dict[str, dict] = {}  # by memory: the outcome of an uninterrupted run
+        self.wanted: dict[str, dict] = {}  # by arm: the outcome of an uninterrupted run
         self.aimed_at: Counter = Counter()
         self.landed: Counter = Counter()
         self.runs = 0
@@ -262,23 +275,23 @@ class Loop:
 
     def one_run(self):
         "Train and evaluate, killed and started again, and compare."
-        memory = MEMORY[self.runs % len(MEMORY)]
-        if memory not in self.wanted:
-            self.wanted[memory] = self.uninterrupted(memory)
-        job = Job(self.model, self.folder / f"run{self.runs}", memory)
-        phases = [self.rng.choice(PHASES) for _ in range(self.rng.randint(2, 5))]
+        arm = ARMS[self.runs % len(ARMS)]
+        if arm not in self.wanted:
+            self.wanted[arm] = self.uninterrupted(arm)
+        job = Job(self.model, self.folder / f"run{self.runs}", arm)
+        phases = [self.rng.choice(job.phases) for _ in range(self.rng.randint(2, 5))]
         evaluations = ["evaluate"] * self.rng.randint(1, 2)
         self.to_its_end(job, "train", phases)
         self.to_its_end(job, "evaluate", evaluations)
-        odd = different(self.wanted[memory], outcome(job))
+        odd = different(self.wanted[arm], outcome(job))
         if odd:
-            self.differing.append(dict(run=self.runs, memory=memory, differs=odd))
-            print(f"MISMATCH in run {self.runs} ({memory}): {odd}", flush=True)
+            self.differing.append(dict(run=self.runs, arm=arm, differs=odd))
+            print(f"MISMATCH in run {self.runs} ({arm}): {odd}", flush=True)
         self.runs += 1
 
-    def uninterrupted(self, memory: str) -> dict:
+    def uninterrupted(self, arm: str) -> dict:
         "The outcome of a run that nobody kills."
-        job = Job(self.model, self.folder / memory, memory)
+        job = Job(self.model, self.folder / arm, arm)
         strike(job.command("train"))
         strike(job.command("evaluate"))
         return outcome(job)
@@ -296,9 +309,7 @@ class Loop:
             met = where(before, now, name)
             self.aimed_at[phase] += 1
             self.landed[met] += 1
-            said = (
-                f"{self.kills}: run {self.runs} ({job.memory}), {phase}: {met}, {now.steps} steps"
-            )
+            said = f"{self.kills}: run {self.runs} ({job.arm}), {phase}: {met}, {now.steps} steps"
             print(said, flush=True)
         strike(job.command(name))
 

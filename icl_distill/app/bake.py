@@ -22,7 +22,7 @@ from .preflight import Preflight, look, preflight_text, step_seconds
 from .report import write_report
 from ..core.config import Config, load_config, replace
 from ..core.devices import machine_of, say_machine, settled
-from ..core.files import InputError
+from ..core.files import InputError, write_text
 from ..core.hub import load_tokenizer
 from ..core.pace import say, span, too_long
 from ..core.results import Results
@@ -282,7 +282,8 @@ def run_bake(
     student = train(cfg, work.model, work.tok, answered_task(cfg, work.task, rows), progress)
     tests = work.task.tests or prompt_set(work, held_out)
     results = measure(work, student, tests)
-    flight = dataclasses.replace(flight, labels=counts)
+    flight = flight.model_copy(update={"labels": counts})
+    write_text(run.path / "preflight.json", flight.model_dump_json(indent=1) + "\n")
     baked = _gather(work, results, tests, flight)
     write_adapter(baked, student, run.path / "adapter", name)
     write_report(baked, run.path / "report.html")

@@ -8,7 +8,6 @@ __all__ = ['ENOUGH_ENDED', 'Asked', 'behind', 'gold_nll', 'ask_base', 'Preflight
 
 # %% ../../nbs/app/08_preflight.ipynb #pf04
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +82,7 @@ def ask_base(
     return Asked(n=n, **right, ended=ended, nll=nll)
 
 # %% ../../nbs/app/08_preflight.ipynb #pf12
-@dataclass(frozen=True)
-class Preflight:
+class Preflight(Strict):
     "What is known before the training."
 
     shots: Asked | None  # None: there are no shots, only instructions
@@ -104,8 +102,10 @@ def look(
     task: Task,  # its training examples are the shots
 ) -> Preflight:
     "The base model on the shots, and on the development set."
-    sets = (task.train, task.dev)
-    return Preflight(*(ask_base(cfg, engine, prompter, task, x) if x else None for x in sets))
+    asked = {"shots": task.train, "dev": task.dev}
+    return Preflight(
+        **{k: ask_base(cfg, engine, prompter, task, x) if x else None for k, x in asked.items()}
+    )
 
 # %% ../../nbs/app/08_preflight.ipynb #pf15
 ENOUGH_ENDED = 0.8  # of the answers behind the shots
