@@ -723,7 +723,6 @@ def test_gsm8k_with_the_small_model(tmp_path):
         pytest.skip(f"no GSM8K files in {data} (ICL_DISTILL_GSM8K)")
     args = [
         "quickstart",
-        "--paper",
         "task.name=gsm8k",
         f"task.path={data}",
         "task.n_train=200",
