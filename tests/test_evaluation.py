@@ -42,6 +42,7 @@ from icl_distill.evaluation.conditions import (
     Condition,
     base_condition,
     find_conditions,
+    item_sets,
     make_prompts,
 )
 from icl_distill.evaluation.evaluate import config_for_evaluation, evaluate
@@ -60,6 +61,7 @@ from icl_distill.testing import (
     REAL_MODEL,
     quiet_environment,
     real_tokenizer,
+    square_task,
     tiny_folder,
     tiny_model,
 )
@@ -695,6 +697,24 @@ def test_what_makes_no_difference_without_distillation(one, other, alike):
         for x in (one, other)
     )
     assert (what_matters(a) == what_matters(b)) == alike
+
+
+def test_what_matters_in_an_older_file_and_in_one_with_labels():
+    "Keys that came later are at their defaults in a file without them."
+    now = config_dict(load_config("quickstart"))
+    old = {key: part for key, part in now.items() if key != "answers"}
+    later = ("questions_path", "n_questions")
+    old["task"] = {key: value for key, value in now["task"].items() if key not in later}
+    assert what_matters(old) == what_matters(now)
+    agreed = config_dict(load_config("bake"))
+    teacher = config_dict(load_config("bake", ["answers.source=teacher"]))
+    assert what_matters(agreed) != what_matters(teacher)
+
+
+def test_a_task_without_a_test_set_is_refused():
+    task = square_task()
+    with raises("no test set", "task.test_path", "split=dev"):
+        item_sets(load_config("quickstart"), task)
 
 
 def test_seeds_of_sft_may_name_another_objective(cfg, tok, tmp_path, capsys):

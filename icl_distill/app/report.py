@@ -222,7 +222,7 @@ def write_report(
     "Write the page."
     write_text(Path(path), report_html(baked))
 
-# %% ../../nbs/app/11_report.ipynb #rp21
+# %% ../../nbs/app/11_report.ipynb #rp31
 ARMS = {
     "zero_shot": "bare question",
     "few_shot": "shots in the prompt",
@@ -245,7 +245,7 @@ def seed_rows(each: list[Results]) -> list[dict[str, str]]:  # column -> text, o
         rows.append(row | {"n": str(cells[0].n), "prompt tokens": f"{tokens:.0f}"})
     return rows
 
-# %% ../../nbs/app/11_report.ipynb #rp22
+# %% ../../nbs/app/11_report.ipynb #rp32
 def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baseline
     "What `baked` differs by, seed by seed and on average."
     said = []

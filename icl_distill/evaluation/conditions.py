@@ -108,6 +108,11 @@ def item_sets(
     "The sets that are asked for. Raises `InputError` where one is empty or too small."
     wanted = cfg.evaluate
     sets = dict(dev=task.dev) if wanted.split == "dev" else task.tests
+    if not sets:
+        raise InputError(
+            f"task {cfg.task.name!r} has no test set: name its file in task.test_path, or set "
+            "evaluate.split=dev"
+        )
     for name, items in sets.items():
         if not items:
             raise InputError(

@@ -70,6 +70,10 @@ def what_matters(
 ) -> dict[str, Any]:
     "What of it makes a training what it is, seed and place aside."
     kept = {key: part for key, part in config.items() if key not in _ELSEWHERE}
+    given = {key: value for key, value in config["task"].items() if value is not None}
+    kept["task"] = given  # an older file lacks the newer keys, whose default is none
+    if config.get("answers", {"source": "gold"})["source"] == "gold":
+        kept.pop("answers", None)
     loss, context = config["loss"], config["context"]
     if loss["weight"] != 0:
         return kept
