@@ -27,6 +27,7 @@ from icl_distill.core.config import (
     TaskConfig,
     TeacherConfig,
     config_dict,
+    load_config,
     replace,
     to_yaml,
 )
@@ -713,7 +714,7 @@ def test_what_matters_in_an_older_file_and_in_one_with_labels():
 
 def test_a_task_without_a_test_set_is_refused():
     task = square_task()
-    with raises("no test set", "task.test_path", "split=dev"):
+    with pytest.raises(InputError, match="no test set.*task.test_path.*split=dev"):
         item_sets(load_config("quickstart"), task)
 
 

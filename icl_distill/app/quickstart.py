@@ -148,8 +148,8 @@ def time_text(
     share = min(1, items / (cfg.task.n_test or items))
     less = training * steps / cfg.train.steps + answering * share
     return (
-        f"{said} `icl-distill quickstart --paper --small` is shorter: {steps} steps and {items} items, "
-        f"about {max(less / 60, 1):.0f} minutes. Other busy programs make it longer."
+        f"{said} `icl-distill quickstart --paper --small` is shorter: {steps} steps and {items} "
+        f"items, about {max(less / 60, 1):.0f} minutes. Other busy programs make it longer."
     )
 
 # %% ../../nbs/app/13_quickstart.ipynb #c007f
