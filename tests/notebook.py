@@ -26,7 +26,8 @@ ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 SECONDS = 800
 FORKS = multiprocessing.get_context("forkserver")
-HEAVY = ["ipykernel.kernelapp", "accelerate", "datasets", "peft", "transformers.models.auto"]
+HEAVY = ["ipykernel.kernelapp", "accelerate", "peft", "transformers.models.auto"]  # not pandas:
+# how wide its tables are depends on where it is imported
 
 
 def kernel(ready, connection: str, folder: str | None, environment: dict[str, str]):

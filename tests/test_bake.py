@@ -128,6 +128,10 @@ def test_a_development_set_chooses_the_baseline_and_not_the_student(files, model
     assert [point.step for point in labeller.checkpoints()] == [2, 4]
     assert baked.results.conditions["sft"].step in (2, 4)
     assert labeller.results("dev").conditions.keys() == {"step_2", "step_4"}
+    answers = snapshot(Run("out").answers_path("teacher").parent)
+    again = start(model, "task.dev_path=dev.jsonl")
+    assert snapshot(Run("out").answers_path("teacher").parent) == answers
+    assert again.results.conditions.keys() == baked.results.conditions.keys()
 
 
 def test_instructions_in_place_of_shots(files, model):

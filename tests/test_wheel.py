@@ -16,8 +16,9 @@ from icl_distill.core.config import load_config, to_yaml
 root = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE"]
 SOURCES += ["icl_distill", "configs", "results"]
-QUICK = ["task.n_questions=8", "task.n_dev=2", "task.n_test=4", "answers.labeller_steps=2"]
-QUICK += ["steps=2", "save_every=2", "batch_size=2", "evaluate.max_new_tokens=24"]
+QUICK = ["task.n_train=3", "task.n_questions=3", "task.n_dev=1", "task.n_test=2", "steps=1"]
+QUICK += ["save_every=1", "batch_size=2", "answers.labeller_steps=1", "answers.shot_repeats=1"]
+QUICK += ["evaluate.max_new_tokens=24"]
 
 
 def run(*command, cwd):
@@ -96,6 +97,6 @@ def test_the_quickstart(installed, tmp_path):
     place = tmp_path / "runs" / "bake"
     results = json.loads((place / "evaluation" / "results.json").read_text())
     assert list(results["conditions"]) == ["zero_shot", "few_shot", "sft", "baked"]
-    assert {c["n"] for c in results["conditions"].values()} == {4}
+    assert {c["n"] for c in results["conditions"].values()} == {2}
     assert results["config"]["model"]["dtype"] == "float32"
     assert (place / "adapter" / "README.md").exists() and (place / "report.html").exists()

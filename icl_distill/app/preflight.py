@@ -65,7 +65,7 @@ def ask_base(
     examples: list[Example],
 ) -> Asked:
     "Examples with gold answers, asked bare and behind the shots."
-    n, right, ended = len(examples), {}, 0
+    n, right, ended = len(examples), {}, 0.0
     contexts = {
         "zero_shot": [Context()] * n,
         "few_shot": [behind(cfg, task, example) for example in examples],
@@ -102,10 +102,11 @@ def look(
     task: Task,  # its training examples are the shots
 ) -> Preflight:
     "The base model on the shots, and on the development set."
-    asked = {"shots": task.train, "dev": task.dev}
-    return Preflight(
-        **{k: ask_base(cfg, engine, prompter, task, x) if x else None for k, x in asked.items()}
+    shots, dev = (
+        ask_base(cfg, engine, prompter, task, some) if some else None
+        for some in (task.train, task.dev)
     )
+    return Preflight(shots=shots, dev=dev)
 
 # %% ../../nbs/app/08_preflight.ipynb #pf15
 ENOUGH_ENDED = 0.8  # of the answers behind the shots

@@ -53,7 +53,7 @@ def labeller_config(cfg: Config) -> Config:
         answers=AnswersConfig(),
         context=replace(cfg.context, kind="none"),
         loss=replace(cfg.loss, weight=0.0),
-        train=replace(cfg.train, steps=steps, save_every=steps),
+        train=replace(cfg.train, steps=steps, save_every=steps, save_total_limit=None),
     )
 
 # %% ../../nbs/training/05_answers.ipynb #an10b
@@ -64,8 +64,12 @@ def second_labeller(
     task: Task,  # whose training examples are the shots
     progress: bool = True,  # a bar
 ) -> Labeller:
-    "The base model, fine-tuned on the shots."
-    return Labeller("labeller", Context(), train(labeller_config(cfg), model, tok, task, progress))
+    "The base model, fine-tuned on the shots; a run that has gone further keeps the same one."
+    own = labeller_config(cfg)
+    checkpoint = Run(own.run).checkpoint_path(own.train.steps)
+    if not checkpoint.exists():
+        train(own, model, tok, task, progress)
+    return Labeller("labeller", Context(), checkpoint)
 
 # %% ../../nbs/training/05_answers.ipynb #an13
 @dataclass(frozen=True)
