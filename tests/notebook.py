@@ -138,6 +138,8 @@ def store(path: Path, new: nbformat.NotebookNode):
         cell.metadata.pop("tags", None)
         if cell.cell_type == "code":
             cell.outputs = whole_streams([x for x in cell.outputs if not is_progress(x)])
+    if not any("widget-view" in str(cell.get("outputs")) for cell in new.cells):
+        new.metadata.pop("widgets", None)  # the state of bars that are not shown
     nbformat.write(new, path)
     nbdev_clean(fname=str(path))
 

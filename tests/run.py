@@ -167,12 +167,12 @@ def jobs() -> dict[str, Callable[[], Done]]:
     tests = sorted((ROOT / "tests").glob("test_*.py"), key=lambda file: -file.stat().st_size)
     python = sys.executable
     out: dict[str, Callable[[], Done]] = {}
-    for file in tests:
-        out[f"tests/{file.name}"] = lambda file=file: pytest(file)
-    out["types"] = lambda: command(python, "-m", "mypy")
     for first in range(0, len(notebooks), TOGETHER):
         some = notebooks[first : first + TOGETHER]
         out[f"{some[0]} and {len(some) - 1} more"] = lambda some=some: run_notebooks(some)
+    for file in tests:
+        out[f"tests/{file.name}"] = lambda file=file: pytest(file)
+    out["types"] = lambda: command(python, "-m", "mypy")
     out["format"] = lambda: command(python, "-m", "ruff", "format", "--check", *CODE)
     out["lint"] = lambda: command(python, "-m", "ruff", "check", *CODE)
     out["export in sync"] = export_in_sync

@@ -340,6 +340,8 @@ def test_notebook_is_clean(nb):
     assert [joined(o["text"]) for o in outputs(nb) if o.get("name") == "stderr"] == []
     shown = [joined(o.get("data", {}).get("text/plain", "")) for o in outputs(nb)]
     assert [text for text in shown if "%|" in text or "\x1b" in text] == []
+    kept = "widgets" in json.loads(nb.read_text(encoding="utf-8"))["metadata"]
+    assert kept <= any("widget-view" in str(o.get("data")) for o in outputs(nb))
     assert [c for c in code(nb) if re.search(r"^\s*if (False|0):", c, re.MULTILINE)] == []
 
 
