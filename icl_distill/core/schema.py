@@ -232,7 +232,7 @@ class AnswersConfig(Section):
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
     )
-    min_agreement: Fraction = setting(0.4, "agreed: where fewer agree, the fall back")
+    min_agreement: Fraction = setting(0.1, "agreed: where fewer agree, the fall back")
     fall_back: Switch = setting(
         True, "agreed: below min_agreement, train on all of the teacher's answers; false: stop"
     )
