@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from icl_distill.app import cli
 from icl_distill.app.bake import bake, bake_config, run_bake
 from icl_distill.core.config import load_config
 from icl_distill.core.hub import load_tokenizer
@@ -226,3 +227,31 @@ def test_no_agreement_at_all_stops_where_it_must_not_fall_back(files, model, mon
     baked = start(model)
     assert baked.labels.fell_back and baked.labels.used == 20
     assert "too few to train on alone" in Path("out/adapter/README.md").read_text()
+
+
+def called(monkeypatch, *arguments: str):
+    "The command, in this process."
+    monkeypatch.setattr(sys, "argv", ["icl-distill", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+
+
+def test_push_to_is_given_the_adapter_and_the_name_on_its_card(files, model, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr("icl_distill.app.card.push", lambda *given: pushed.append(given) or "there")
+    command = ["bake", "--model", model, "--shots", "shots.jsonl", "--out", "out"]
+    command += ["--questions", "questions.txt", "--test", "test.jsonl", "--push-to", "me/even"]
+    called(monkeypatch, *command, "prompt.template=plain", *SMALL)
+    assert pushed == [(Path("out/adapter"), "me/even")]
+    assert capsys.readouterr().out.strip().endswith("there")
+    assert "# me/even" in Path("out/adapter/README.md").read_text()
+
+
+def test_a_bake_is_a_run_like_any_other(files, model, monkeypatch, capsys):
+    baked = start(model)
+    called(monkeypatch, "report", "out")
+    called(monkeypatch, "evaluate", "out", "output=again.json")
+    assert "baked" in capsys.readouterr().out
+    again = json.loads(Path("again.json").read_text())["conditions"]
+    assert again["step_2"]["accuracy"] == baked.results.conditions["baked"].accuracy
