@@ -600,3 +600,11 @@ def test_everything_from_users_is_escaped(text):
     assert Elements(page).tags == safe
     assert page.count(str(escape(text)).replace("\ud800", "?")) > 2 * SHOWN
     page.encode("utf-8")
+
+
+def test_how_often_baked_and_prompt_say_the_same_is_counted():
+    found = {k: [row.strict for row in bake.records[k]] for k in ("baked", "few_shot")}
+    same = sum(a == b for a, b in zip(*found.values(), strict=True)) / len(found["baked"])
+    said = " ".join(result_notes(bake))
+    assert f"says what the prompt says on {100 * same:.0f} %" in said and 0 < same < 1
+    assert "says what the prompt says" not in " ".join(result_notes(blind))

@@ -86,7 +86,21 @@ def _difference(p: Comparison, measure: str) -> str:
         f"McNemar p = {p.p_mcnemar:.2g})."
     )
 
+# %% ../../nbs/app/10_card.ipynb #cd13c
+def _beside_the_prompt(baked: Baked) -> list[str]:
+    "How often both say the same, and what a question costs either way."
+    cells = baked.results.conditions
+    if "few_shot" not in cells:
+        return []
+    prompted = {row.id: row.strict for row in baked.records["few_shot"]}
+    same = [row.strict == prompted[row.id] for row in baked.records["baked"]]
+    said = [f"The baked model says what the prompt says on {100 * sum(same) / len(same):.0f} %."]
+    ours, theirs = (cells[name].latency for name in ("baked", "few_shot"))
+    if ours and theirs:
+        said.append(f"A question took {ours:.2f} s, behind the prompt {theirs:.2f} s.")
+    return said
 
+# %% ../../nbs/app/10_card.ipynb #cd13d
 def result_notes(baked: Baked) -> list[str]:  # sentences
     "What a reader of the table must know, and what `baked` differs by."
     kind = "held-out test" if baked.labelled else "unlabelled"
@@ -99,6 +113,7 @@ def result_notes(baked: Baked) -> list[str]:  # sentences
             "these shares are agreement with the prompt and do not say that an answer is right.",
         )
     paired = [p for p in baked.results.paired if p.a == "baked" and p.set == baked.results.set]
+    said += _beside_the_prompt(baked)
     return [*said, *(_difference(p, baked.measure) for p in paired)]
 
 # %% ../../nbs/app/10_card.ipynb #cd16
