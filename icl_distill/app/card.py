@@ -88,17 +88,12 @@ def _difference(p: Comparison, measure: str) -> str:
 
 # %% ../../nbs/app/10_card.ipynb #cd13c
 def _beside_the_prompt(baked: Baked) -> list[str]:
-    "How often both say the same, and what a question costs either way."
-    cells = baked.results.conditions
-    if "few_shot" not in cells:
+    "How often both say the same."
+    if "few_shot" not in baked.records:
         return []
     prompted = {row.id: row.strict for row in baked.records["few_shot"]}
     same = [row.strict == prompted[row.id] for row in baked.records["baked"]]
-    said = [f"The baked model says what the prompt says on {100 * sum(same) / len(same):.0f} %."]
-    ours, theirs = (cells[name].latency for name in ("baked", "few_shot"))
-    if ours and theirs:
-        said.append(f"A question took {ours:.2f} s, behind the prompt {theirs:.2f} s.")
-    return said
+    return [f"The baked model says what the prompt says on {100 * sum(same) / len(same):.0f} %."]
 
 # %% ../../nbs/app/10_card.ipynb #cd13d
 def result_notes(baked: Baked) -> list[str]:  # sentences
