@@ -17,7 +17,7 @@ from ..core.config import to_yaml
 from ..core.files import write_text
 from ..core.record_lines import RecordLine
 from ..core.results import Results
-from ..evaluation.statistics import mean_se
+from ..evaluation.statistics import mean_se, verdict_words
 from ..training.labels import labels_text
 
 # %% ../../nbs/app/11_report.ipynb #rp06
@@ -261,6 +261,7 @@ def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baselin
         sentence = f"Baked against {ARMS[other]}, in points by seed: {by_seed}"
         if len(points) > 1:
             average, _, low, high = mean_se(points)
-            sentence += f"; on average {average:+.1f} [{low:+.1f}, {high:+.1f}]"
+            sentence += f"; on average {average:+.1f} [{low:+.1f}, {high:+.1f}], "
+            sentence += f"{verdict_words((low, high))} it over {len(points)} seeds"
         said.append(f"{sentence} (95 %).")
     return said
