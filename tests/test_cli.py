@@ -706,7 +706,8 @@ def test_export_refuses_a_dtype(arc, refused, tmp_path):
 def test_a_run_with_another_config_is_refused(arc, refused):
     refused(
         "train",
-        *arc[1],
+        "quickstart",
+        *arc[1][2:],
         f"run={arc[0] / 'distill'}",
         "train.lr=0.02",
         words=["train.lr", "another `run`"],
