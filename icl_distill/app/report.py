@@ -261,6 +261,11 @@ def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baselin
         sentence = f"Baked against {ARMS[other]}, in points by seed: {by_seed}"
         if len(points) > 1:
             average, _, low, high = mean_se(points)
+            items = sum(
+                (50 * (high - low)) ** 2 for low, high in (p.difference_ci95 for p in pairs)
+            )
+            half = max((high - low) / 2, items**0.5 / len(pairs))
+            low, high = average - half, average + half
             sentence += f"; on average {average:+.1f} [{low:+.1f}, {high:+.1f}], "
             sentence += f"{verdict_words((low, high))} it over {len(points)} seeds"
         said.append(f"{sentence} (95 %).")
