@@ -237,6 +237,19 @@ def called(monkeypatch, *arguments: str):
     assert not left.value.code
 
 
+@pytest.mark.parametrize("text", ['it\'s "so"', "two\nlines", "C:\\x \N{SLIGHTLY SMILING FACE}"])
+def test_a_text_is_taken_as_it_is_given(text, files, monkeypatch):
+    made = []
+    monkeypatch.setattr("icl_distill.app.bake.run_bake", lambda cfg, **_: made.append(cfg) or 1 / 0)
+    Path("rules.txt").write_text(text)
+    command = ["icl-distill", "bake", "--shots", "shots.jsonl", "--questions", "questions.txt"]
+    command += ["--out", "out", "--instruction", text, "--system", "rules.txt"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    assert made[0].prompt.system == made[0].context.text == text
+
+
 def test_push_to_is_given_the_adapter_and_the_name_on_its_card(files, model, monkeypatch, capsys):
     pushed = []
     monkeypatch.setattr("icl_distill.app.card.push", lambda *given: pushed.append(given) or "there")

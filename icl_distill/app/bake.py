@@ -8,7 +8,6 @@ __all__ = ['HELD_OUT', 'bake_config', 'Work', 'set_up', 'forecast', 'hold_out', 
 
 # %% ../../nbs/app/12_bake.ipynb #bk04
 import dataclasses
-import json
 import textwrap
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from .card import PROMPT_ANSWERS, Baked, write_adapter
 from .export import export_model
 from .preflight import Preflight, look, preflight_text, step_seconds
 from .report import write_report
-from ..core.config import Config, load_config, replace
+from ..core.config import Config, load_config, quoted, replace
 from ..core.devices import machine_of, say_machine, settled
 from ..core.files import InputError, write_text
 from ..core.hub import load_tokenizer
@@ -33,6 +32,7 @@ from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 from ..evaluation.conditions import Condition
 from ..evaluation.evaluate import evaluate, out_path
+from ..evaluation.statistics import verdict_words
 from ..models.generation import TransformersEngine
 from ..models.loading import load_model
 from ..training.answers import Asking, ask, labeller_config, prompted
@@ -41,11 +41,6 @@ from ..training.loop import train
 
 # %% ../../nbs/app/12_bake.ipynb #bk06
 _KEYS = {"shots": "path", "questions": "questions_path", "dev": "dev_path", "test": "test_path"}
-
-
-def _quoted(value: Any) -> str:
-    "As YAML."
-    return json.dumps(str(value))
 
 
 def _instructions(path: Path, alone: bool) -> list[str]:  # key=value
@@ -57,7 +52,7 @@ def _instructions(path: Path, alone: bool) -> list[str]:  # key=value
     if not text.strip():
         raise InputError(f"{path}: the file of instructions is empty")
     only = ["answers={source: teacher, shot_repeats: 0}"] if alone else []
-    return [f"context={{kind: text, text: {_quoted(text.strip())}}}", *only]
+    return [f"context={{kind: text, text: {quoted(text.strip())}}}", *only]
 
 
 def bake_config(
@@ -67,15 +62,15 @@ def bake_config(
     overrides: Sequence[str] = (),  # key=value
 ) -> Config:
     "The config of a bake. Raises `InputError` for a key or a value that cannot be."
-    task = [f"{key}: {_quoted(files[name])}" for name, key in _KEYS.items() if files.get(name)]
+    task = [f"{key}: {quoted(files[name])}" for name, key in _KEYS.items() if files.get(name)]
     sizes = "n_train: null, n_questions: null, n_dev: null, n_test: null"
     own = [f"task={{name: jsonl, extract: exact, {sizes}, {', '.join(task)}}}"]
-    own.append(f"run={_quoted(out)}")
+    own.append(f"run={quoted(out)}")
     if system := files.get("system"):
         own += _instructions(system, alone=not files.get("shots"))
     if model and model != load_config("bake").model.name:
         form = "chat" if load_tokenizer(model).chat_template else "plain"
-        own += [f"model={{name: {_quoted(model)}, dtype: auto}}", f"prompt.template={form}"]
+        own += [f"model={{name: {quoted(model)}, dtype: auto}}", f"prompt.template={form}"]
     return load_config("bake", [*own, *overrides], "train")
 
 # %% ../../nbs/app/12_bake.ipynb #bk09
@@ -216,14 +211,17 @@ def measure(work: Work, student: Path, tests: dict[str, list[Example]]) -> Resul
 _WORDS = {"few_shot": "the prompt", "sft": "SFT on the shots", "zero_shot": "the bare model"}
 
 
+_SAID = {
+    "better than": "better",
+    "worse than": "worse",
+    "not distinguishable from": "no difference can be told",
+}
+
+
 def _against(results: Results, other: str) -> str:
     pair = next(p for p in results.paired if (p.a, p.b) == ("baked", other))
     low, high = (100 * end for end in pair.difference_ci95)
-    said = "no difference can be told"
-    if low > 0:
-        said = "better"
-    elif high < 0:
-        said = "worse"
+    said = _SAID[verdict_words((low, high))]
     return (
         f"{100 * pair.difference:+.1f} [{low:+.1f}, {high:+.1f}] against {_WORDS[other]} ({said})"
     )

@@ -67,9 +67,10 @@ def bake_command(options: BakeOptions):
     "Bake worked examples, or instructions, into a model, with questions without answers."
     from icl_distill.app.bake import bake_config, merged, run_bake
     from icl_distill.app.card import push
+    from icl_distill.core.config import quoted
 
     files = {key: getattr(options, key) for key in ("shots", "questions", "dev", "test", "system")}
-    kept = [f"prompt.system={options.instruction!r}"] if options.instruction else []
+    kept = [f"prompt.system={quoted(options.instruction)}"] if options.instruction else []
     overrides = [*kept, *(options.overrides or [])]
     cfg = bake_config(options.model, files, options.out, overrides)
     baked = run_bake(cfg, name=options.push_to)

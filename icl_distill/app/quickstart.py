@@ -157,29 +157,22 @@ def measure_quickstart(
     setup: Setup,
 ) -> tuple[float, float]:  # seconds of training, of answering
     "Two steps of distillation and a batch of answers of each base condition, scaled to the whole."
+    from icl_distill.app.preflight import step_seconds
     from icl_distill.evaluation.conditions import item_sets
     from icl_distill.evaluation.evaluate import evaluate
-    from icl_distill.training.loop import train
 
     cfg, engine, task = setup.cfg, setup.engine, setup.task
     sets = item_sets(cfg, task).values()
     n = min(cfg.evaluate.batch_size, *map(len, sets))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        run = Run(Path(folder) / "run")
+        step = step_seconds(cfg, setup.model, engine.tok, task)
         output = str(Path(folder) / "results.json")
-        trial = replace(
-            cfg,
-            run=str(run.path),
-            train=replace(cfg.train, steps=2, save_every=2, tracker=None),
-            evaluate=replace(cfg.evaluate, n_samples=n, output=output),
-        )
-        train(trial, setup.model, engine.tok, task, False)
-        two = run.metrics_path.stat().st_mtime - run.config_path.stat().st_mtime
+        trial = replace(cfg, evaluate=replace(cfg.evaluate, n_samples=n, output=output))
         start = time.perf_counter()
         evaluate(trial, setup.conditions, engine, task, False)
     seconds = time.perf_counter() - start
     # two arms are trained; four conditions answer, and two did here
-    return two * cfg.train.steps, 2 * seconds * sum(map(len, sets)) / (n * len(sets))
+    return 2 * step * cfg.train.steps, 2 * seconds * sum(map(len, sets)) / (n * len(sets))
 
 # %% ../../nbs/app/13_quickstart.ipynb #c007g
 def say_before(setup: Setup):
@@ -201,15 +194,13 @@ def verdict(
     results: Results,  # with the conditions few_shot, sft and distill
 ) -> str:
     "What the quickstart's numbers say, in a sentence, whichever way they point."
+    from icl_distill.evaluation.statistics import verdict_words
+
     cells = results.conditions
     distill, few_shot = cells["distill"], cells["few_shot"]
     pair = next(p for p in results.paired if (p.a, p.b) == ("distill", "sft"))
     low, high = (100 * x for x in pair.difference_ci95)
-    said = "not distinguishable from"
-    if low > 0:
-        said = "better than"
-    elif high < 0:
-        said = "worse than"
+    said = verdict_words((low, high))
     gain = 100 * (distill.accuracy - few_shot.accuracy)
     return (
         f"Distillation without examples: {100 * distill.accuracy:.1f} %, {gain:+.1f} points "

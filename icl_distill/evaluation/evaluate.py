@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..core.checkpoints import INFO_FILE
-from ..core.config import Config, config_dict, load_config, replace, shipped_configs
+from icl_distill.core.config import (
+    Config,
+    config_dict,
+    load_config,
+    quoted,
+    replace,
+    shipped_configs,
+)
 from ..core.devices import environment, machine_of, say_machine, settled
 from ..core.files import InputError, write_text
 from ..core.hub import load_tokenizer, model_path
@@ -44,14 +51,10 @@ def config_for_evaluation(
             f"{name!r} is a folder without config.yaml: expected a run, a checkpoint, or a config; "
             "for results use `icl-distill report`"
         )
-    own = ["conditions=[]", f"checkpoints={_quoted(name)}", "steps=[]", "output=null"]
+    own = ["conditions=[]", f"checkpoints={quoted(name)}", "steps=[]", "output=null"]
     if not (folder / INFO_FILE).exists():
-        own.append(f"run={_quoted(name)}")
+        own.append(f"run={quoted(name)}")
     return load_config(str(run.config_path), [*own, *overrides], "evaluate")
-
-
-def _quoted(text: str) -> str:  # a YAML string
-    return "'" + text.replace("'", "''") + "'"
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #c044
 def out_path(cfg: Config) -> Path:
