@@ -159,6 +159,7 @@ def test_found_in_an_installed_package(tmp_path):
         "core/__init__",
         "core/files",
         "core/sections",
+        "core/inputs",
         "core/schema",
         "core/config",
     ):

@@ -16,7 +16,7 @@ from packaging.version import Version
 root = Path(__file__).resolve().parent.parent
 package = root / "icl_distill"
 ORDER = """
-core: files sections schema config hub pace devices
+core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts prompts alignment
 objectives: targets losses chunked_loss

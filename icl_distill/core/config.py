@@ -22,16 +22,13 @@ from pydantic import ValidationError
 
 # %% ../../nbs/core/04_config.ipynb #cf004
 from .files import InputError
+from .inputs import LoraConfig, ModelConfig, PromptConfig, TaskConfig
 from icl_distill.core.schema import (
     AnswersConfig,
     Config,
     ContextConfig,
     EvaluateConfig,
-    LoraConfig,
     LossConfig,
-    ModelConfig,
-    PromptConfig,
-    TaskConfig,
     TeacherConfig,
     TrainConfig,
     config_table,
