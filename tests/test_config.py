@@ -486,7 +486,8 @@ choices += [("device", get_args(Config.model_fields["device"].annotation))]
 def test_choices(key, values):
     for v in values:
         asked = ["task.questions_path=x.txt"] if key == "answers.source" else []
-        more = {"regex": ["task.regex=x"], "text": ["context.text=x"]}.get(v, asked)
+        needs = {"regex": ["task.regex=x"], "text": ["context.text=x"], "student": ["loss.ce=0"]}
+        more = needs.get(v, asked)
         assert get(over(f"{key}={v}", *more), key) == v
     for bad in ("other", values[0] + "x", "", values[0].upper()):
         with raises(key):

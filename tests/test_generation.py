@@ -15,13 +15,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from icl_distill.core.config import Config, EvaluateConfig
+from icl_distill.models.decoding import left_pad
 from icl_distill.models.engines import check_applied, choose_engine, open_engine
 from icl_distill.models.generation import (
     TransformersEngine,
     check_prompts,
     evaluating,
     kv_bytes,
-    left_pad,
 )
 from icl_distill.models.loading import body_of
 from icl_distill.models.shared_prefix import RowsLayer, common_prefix, sees_all

@@ -52,7 +52,7 @@ def labeller_config(cfg: Config) -> Config:
         run=str(Run(cfg.run).labeller_path),
         answers=AnswersConfig(),
         context=replace(cfg.context, kind="none"),
-        loss=replace(cfg.loss, weight=0.0),
+        loss=replace(cfg.loss, weight=0.0, ce=1.0),
         train=replace(cfg.train, steps=steps, save_every=steps, save_total_limit=None),
     )
 

@@ -38,6 +38,7 @@ from icl_distill.models.loading import (
 from ..models.teacher import CachedTargets, Teacher, TeacherOptions
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import Data, first_batches, micro_batches, prepare
+from .on_policy import OwnAnswers
 from .state import Learner, TrainState, load_checkpoint, save_checkpoint
 from icl_distill.training.step import (
     Stop,
@@ -104,10 +105,17 @@ class Progress:
             say_estimate(self.pace.each(), steps - step, self.what, device=device)
 
 # %% ../../nbs/training/04_loop.ipynb #c040
+def _examples(state: TrainState) -> list:
+    "Those of the step that comes, with their own answers or the student's."
+    if state.own:
+        return state.own(state)
+    return state.data.batch(state.step, state.batch_size, state.config.seed)
+
+
 def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     t, learner = state.config.train, state.learner
     accelerator = learner.accelerator
-    batch = state.data.batch(state.step, state.batch_size, state.config.seed)
+    batch = _examples(state)
     micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
     for group in state.optimizer.param_groups:
         group["lr"] = t.lr * lr_factor(state.step, t)
@@ -121,7 +129,7 @@ def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     state.sums += sums
     return norm
 
-
+# %% ../../nbs/training/04_loop.ipynb #c040c
 def _save(state: TrainState):
     state.checkpoint = save_checkpoint(state)
     if state.is_main and state.learner.teacher:
@@ -239,6 +247,7 @@ def _begin(state: TrainState, checkpoint: Path | None):
     if state.config.train.tracker:
         accelerator.init_trackers("tensorboard", {})
     state.sums = state.sums.to(accelerator.device)
+    state.own = OwnAnswers(state) if state.config.answers.source == "student" else None
     state.model.train()
 
 # %% ../../nbs/training/04_loop.ipynb #l027

@@ -64,6 +64,9 @@ class TrainState:
     optimizer: torch.optim.Optimizer  # of the adapter's weights
     step: int = 0  # optimiser steps that are done
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(len(SUMS)))  # not yet logged
+    own: Any = None  # `OwnAnswers`, where the student learns from its own
+    own_answers: dict[int, list[list[int]]] = field(default_factory=dict)
+    "Of the student, where it learns from them: by step, the token ids of each answer."
     checkpoint: Path | None = None  # the newest
     data_hash: str = ""  # of the data
 
@@ -163,7 +166,7 @@ def save_checkpoint(state: TrainState) -> Path:  # its folder
         if state.is_main:
             _write_shared(state, folder)
         accelerator.wait_for_everyone()
-        mine = {"random": random_state(), "sums": state.sums.cpu()}
+        mine = {"random": random_state(), "sums": state.sums.cpu(), "own": state.own_answers}
         torch.save(mine, folder / process_file(accelerator.process_index))
         accelerator.wait_for_everyone()
         if state.is_main:
@@ -236,4 +239,6 @@ def load_checkpoint(state: TrainState, folder: Path):
     set_peft_model_state_dict(state.model, load_file(folder / ADAPTER_WEIGHTS))
     state.optimizer.load_state_dict(shared["optimizer"])
     set_random_state(mine["random"])
-    state.step, state.sums, state.checkpoint = checkpoint.step, mine["sums"], folder
+    state.step, state.checkpoint = checkpoint.step, folder
+    state.sums[: len(mine["sums"])] = mine["sums"]  # an older checkpoint has fewer
+    state.own_answers = mine.get("own", {})
