@@ -117,3 +117,26 @@ def test_seeds_differ():
     seeds = {answer_seed(s, step, name) for s in (0, 1) for step in range(9) for name in "abc"}
     assert len(seeds) == 54 and all(0 <= seed < 2**60 for seed in seeds)
     assert torch.Generator().manual_seed(max(seeds))
+
+
+def test_a_run_begins_with_anothers_adapter(tmp_path):
+    "On policy after SFT: its first answers are those of the adapter that SFT has made."
+    sft = go(tmp_path / "sft", "loss.weight=0", "steps=2", base=talkative())
+    begin = [*OWN, f"lora.init_from={tmp_path / 'sft'}"]
+    first = go(tmp_path / "whole", *begin, base=talkative())
+    go(tmp_path / "cut", *begin, "schedule=constant", "steps=2", base=talkative())
+    again = go(tmp_path / "cut", *begin, "schedule=constant", base=talkative())
+    fresh = go(tmp_path / "fresh", *OWN, base=talkative())
+    named = go(tmp_path / "named", *OWN, f"lora.init_from={sft}", base=talkative())
+    assert equal(first, again) and equal(first, named) and not equal(first, fresh)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
+    go(tmp_path / "sft", "loss.weight=0", "steps=2", base=talkative())
+    begin = f"lora.init_from={tmp_path / 'sft'}"
+    with raises("another rank"):
+        go(tmp_path / "rank", begin, "lora.r=2", base=talkative())
+    with raises("was trained on"):
+        go(tmp_path / "base", begin, base=tiny_model(seed=1, initializer_range=0.3))
+    with raises("no such folder"):
+        go(tmp_path / "none", f"lora.init_from={tmp_path / 'nothing'}", base=talkative())

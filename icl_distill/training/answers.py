@@ -50,6 +50,7 @@ def labeller_config(cfg: Config) -> Config:
     return replace(
         cfg,
         run=str(Run(cfg.run).labeller_path),
+        lora=replace(cfg.lora, init_from=None),
         answers=AnswersConfig(),
         context=replace(cfg.context, kind="none"),
         loss=replace(cfg.loss, weight=0.0, ce=1.0),
