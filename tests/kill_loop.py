@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -248,8 +248,9 @@ def strike(command: list[str], when: Moment | None = None) -> bool:
 class Loop:
     "Kills so many times, over as many runs as that takes, and counts."
 
-    def __init__(self, times: int, seed: int, folder: Path):
+    def __init__(self, times: int, seed: int, folder: Path, arms: Sequence[str] = ARMS):
         self.times = times
+        self.arms = arms
         self.seed = seed
         self.folder = folder
         self.model = answering_folder(folder / "model")
@@ -284,7 +285,7 @@ class Loop:
 
     def one_run(self):
         "Train and evaluate, killed and started again, and compare."
-        arm = ARMS[self.runs % len(ARMS)]
+        arm = self.arms[self.runs % len(self.arms)]
         if arm not in self.wanted:
             self.wanted[arm] = self.uninterrupted(arm)
         job = self.job(arm, f"run{self.runs}")
@@ -331,12 +332,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, default=5, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which kinds of runs")
     parser.add_argument("--out", help="a results file to write")
     args = parser.parse_args()
     os.environ.update(quiet_environment())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        counts = Loop(args.times, args.seed, Path(folder)).run()
+        counts = Loop(args.times, args.seed, Path(folder), args.arms).run()
     if args.out:
         result = counts | dict(environment=environment())
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
