@@ -31,6 +31,7 @@ def test_two_steps(name, model, tmp_path):
     loss = load_config(name).loss
     for row in rows:
         want = loss.ce * row["ce"] + loss.weight * row.get("distill", 0)
+        want += load_config(name).hidden.weight * row.get("hidden", 0)
         assert row["loss"] == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shipped_configs', 'load_config', 'to_yaml', 'quoted', 'config_hash', 'diff_configs', 'ModelConfig', 'LoraConfig',
-           'TaskConfig', 'PromptConfig', 'ContextConfig', 'AnswersConfig', 'TeacherConfig', 'LossConfig', 'TrainConfig',
-           'EvaluateConfig', 'Config', 'config_table', 'replace', 'config_dict']
+           'TaskConfig', 'PromptConfig', 'ContextConfig', 'AnswersConfig', 'TeacherConfig', 'LossConfig',
+           'HiddenConfig', 'TrainConfig', 'EvaluateConfig', 'Config', 'config_table', 'replace', 'config_dict']
 
 # %% ../../nbs/core/04_config.ipynb #cf003
 import difflib
@@ -28,6 +28,7 @@ from icl_distill.core.schema import (
     Config,
     ContextConfig,
     EvaluateConfig,
+    HiddenConfig,
     LossConfig,
     TeacherConfig,
     TrainConfig,
@@ -44,6 +45,7 @@ _all_ = [
     "AnswersConfig",
     "TeacherConfig",
     "LossConfig",
+    "HiddenConfig",
     "TrainConfig",
     "EvaluateConfig",
     "Config",

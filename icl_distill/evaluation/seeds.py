@@ -81,8 +81,10 @@ def what_matters(
     kept = {key: part for key, part in _filled(config).items() if key not in _ELSEWHERE}
     if kept["answers"]["source"] == "gold":
         del kept["answers"]
+    if kept["hidden"]["weight"] == 0:
+        del kept["hidden"]
     loss, context = kept["loss"], kept["context"]
-    if loss["weight"] != 0:
+    if loss["weight"] != 0 or "hidden" in kept:
         return kept
     reserves = context["kind"] in ("fixed", "shuffled_answers")
     kept["context"] = {key: context[key] for key in ("n_shots", "seed") if reserves}

@@ -21,6 +21,7 @@ from ..core.devices import settled
 from ..core.files import InputError
 from ..core.hub import model_path
 from ..data.alignment import Packed
+from .taps import tapping
 from ..objectives.targets import Head, scale_and_cap
 
 # %% ../../nbs/models/01_loading.ipynb #c005
@@ -107,12 +108,14 @@ def answer_hidden(
     batch: Packed,  # of B sequences, A answer positions
 ) -> torch.Tensor:  # (A,D)
     "The hidden states that predict the answer tokens, in the order of the batch."
-    out = body_of(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
+    body = body_of(model)
+    with tapping(body, batch):
+        out = body(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
     return out.last_hidden_state[batch.rows, batch.cols]
 
 # %% ../../nbs/models/01_loading.ipynb #c017

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data.alignment import Packed
 from .loading import base_of, body_of
+from .taps import tapping
 
 # %% ../../nbs/models/02_shared_prefix.ipynb #p005
 def common_prefix(
@@ -90,13 +91,15 @@ def hidden_behind(
     lengths = torch.tensor(used, device=rest.input_ids.device)
     columns = torch.arange(cache.get_seq_length(), device=lengths.device)
     seen = (columns < lengths[:, None]).long()
-    out = body_of(model)(
-        input_ids=rest.input_ids,
-        attention_mask=torch.cat([seen, rest.attention_mask], dim=1),
-        position_ids=rest.position_ids + lengths[:, None],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    body = body_of(model)
+    with tapping(body, rest):
+        out = body(
+            input_ids=rest.input_ids,
+            attention_mask=torch.cat([seen, rest.attention_mask], dim=1),
+            position_ids=rest.position_ids + lengths[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return out.last_hidden_state[rest.rows, rest.cols]
 
 # %% ../../nbs/models/02_shared_prefix.ipynb #p023

@@ -104,6 +104,8 @@ SUMS = (
     "distill_grad_sq",  # of λ times distillation's
     "answers",  # the student's own, where it learns from them
     "truncated",  # those of them that reached the limit
+    "hidden",  # distances of states, unweighted
+    "hidden_positions",  # at how many
 )
 
 
@@ -202,6 +204,8 @@ def loss_metrics(
         out["ce_grad_norm"] = math.sqrt(x["ce_grad_sq"]) / n_diagnosed
     if n_diagnosed and n_distilled:
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
+    if x["hidden_positions"]:
+        out["hidden"] = x["hidden"] / x["hidden_positions"]
     if x["answers"]:
         out["answer_tokens"] = n / x["answers"]
         out["truncated"] = x["truncated"] / x["answers"]

@@ -89,7 +89,7 @@ class Data:
 def _contexts(cfg: Config, task: Task) -> Contexts | None:
     "What the teacher may read; for SFT only where a shared context reserves examples."
     reserving = cfg.context.kind in ("fixed", "shuffled_answers") and not task.shots
-    if cfg.loss.weight > 0 or reserving:
+    if cfg.has_teacher or reserving:
         return Contexts(cfg.context, task.shots or task.train)
     return None
 
@@ -102,7 +102,7 @@ def prepare(
 ) -> Data:
     "Aligned training examples. Raises `InputError` where one cannot be aligned, or none is left."
     contexts = _contexts(cfg, task)
-    read = contexts if cfg.loss.weight > 0 else None  # by the teacher
+    read = contexts if cfg.has_teacher else None  # by the teacher
     reserved = contexts.reserved if contexts else frozenset()
     aligned, too_long = [], {}
     for e in tqdm(task.train, desc="encoding examples", disable=not progress, leave=False):

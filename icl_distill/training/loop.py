@@ -20,7 +20,8 @@ from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
-from ..models.loading import add_lora, load_model, weights_hash
+from ..models.loading import add_lora, body_of, load_model, weights_hash
+from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import micro_batches, prepare
 from .setup import accelerator_of, assemble, begin, check, settle
@@ -165,6 +166,7 @@ def train(
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
+            remove_taps(body_of(base))
             adapted.unload()
     if cfg.train.tracker:
         accelerator.end_training()

@@ -19,6 +19,7 @@ from ..core.files import InputError
 from ..core.metrics import cut_metrics
 from ..core.runs import Run
 from ..models.loading import base_of, body_of, frozen_head, trained_head
+from ..models.taps import Taps
 from ..models.teacher import CachedTargets, Teacher, TeacherOptions
 from .batches import Data, first_batches
 from .on_policy import OwnAnswers
@@ -104,7 +105,7 @@ def _optimizer(model, cfg: Config) -> torch.optim.Optimizer:
 # %% ../../nbs/training/04_setup.ipynb #su015
 def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
     cfg, data = state.config, state.data
-    if not cfg.loss.weight:
+    if not cfg.has_teacher:
         return None
     cached = None
     if cfg.teacher.cache != "off":
@@ -134,6 +135,8 @@ def assemble(
     "A training that has not begun; its teacher comes when all else stands."
     head = _head(model, cfg, accelerator.is_main_process)
     learner = Learner(Student(model), None, head, accelerator, cfg.loss, tok.pad_token_id)
+    if cfg.hidden.weight:
+        learner.hidden, learner.taps = cfg.hidden, Taps(body_of(model), cfg.hidden)
     optimizer = _optimizer(model, cfg)
     return TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
 

@@ -30,10 +30,18 @@ from icl_distill.core.checkpoints import (
     process_file,
     seal,
 )
-from ..core.config import Config, LossConfig, config_dict, diff_configs, to_yaml
+from icl_distill.core.config import (
+    Config,
+    HiddenConfig,
+    LossConfig,
+    config_dict,
+    diff_configs,
+    to_yaml,
+)
 from ..core.devices import device_random_state, set_device_random_state
 from ..core.files import InputError, flush
 from ..core.runs import Run
+from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
 from .batches import Data
@@ -49,6 +57,8 @@ class Learner:
     accelerator: Any  # of accelerate: device, autocast, backward, reduce
     loss: LossConfig
     pad_id: int  # fills up batches
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)  # how states are compared
+    taps: Taps | None = None  # gather the states; None: they are not compared
 
 # %% ../../nbs/training/02_state.ipynb #s007
 @dataclass

@@ -21,6 +21,7 @@ from ..core.files import InputError
 from ..data.alignment import Aligned, pack
 from ..models.loading import answer_hidden
 from ..objectives.chunked_loss import chunked_loss
+from ..objectives.hidden_states import state_distance
 from ..objectives.losses import SUMS, Head, LossParts, plain_loss
 from .state import Learner, TrainState
 
@@ -51,19 +52,41 @@ def _divide_gradients(model: nn.Module, by: float):
             p.grad.div_(by)
 
 
-def _answer_tokens(micro: list[list[Aligned]], accelerator) -> float:
+def _total(learner: Learner, mine: int) -> float:
+    "Of all processes together."
+    count = torch.tensor(float(mine), device=learner.accelerator.device)
+    return learner.accelerator.reduce(count, "sum").item()
+
+
+def _answer_tokens(micro: list[list[Aligned]], learner: Learner) -> float:
     "How many all processes together have in this step. Raises `InputError` where there is none."
-    mine = torch.tensor(float(sum(a.n_answer for m in micro for a in m)), device=accelerator.device)
-    n = accelerator.reduce(mine, "sum").item()
+    n = _total(learner, sum(a.n_answer for m in micro for a in m))
     if not n:
         raise InputError("a batch without a single answer token: there is nothing to learn from it")
     return n
 
+# %% ../../nbs/training/03_step.ipynb #c015d
+def _add_hidden(
+    parts: LossParts,
+    learner: Learner,
+    states: tuple[torch.Tensor, torch.Tensor],  # (P,L',D) of student and teacher
+    share: float,  # answer tokens for each of the P
+) -> LossParts:
+    "With the distance of the student's states from the teacher's."
+    student, teacher = states
+    distances = state_distance(student, teacher, learner.hidden)
+    term, sums = learner.hidden.weight * share * distances.sum(), parts.sums.clone()
+    found = {"total": term, "hidden": distances.sum(), "hidden_positions": len(distances)}
+    for name, value in found.items():
+        sums[SUMS.index(name)] += value.detach() if torch.is_tensor(value) else value
+    return LossParts(parts.total + term, sums)
 
-def _loss(learner: Learner, examples: list[Aligned], diagnose: bool) -> LossParts:
-    "Of one micro-batch: summed, not averaged."
-    head, accelerator = learner.head, learner.accelerator
+
+def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: float) -> LossParts:
+    "Of one micro-batch: summed, not averaged. `share`: answer tokens for each compared state."
+    head, accelerator, taps = learner.head, learner.accelerator, learner.taps
     targets = learner.teacher(examples) if learner.teacher else None
+    expected = taps.take() if taps else torch.empty(0)
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
     batch = pack(ids, n_answers, learner.pad_id).to(accelerator.device)
     with accelerator.autocast():
@@ -72,7 +95,8 @@ def _loss(learner: Learner, examples: list[Aligned], diagnose: bool) -> LossPart
         hidden, loss = hidden.to(head.weight.dtype), chunked_loss
     else:
         loss = plain_loss
-    return loss(hidden, batch.labels, head, targets, learner.loss, diagnose)
+    parts = loss(hidden, batch.labels, head, targets, learner.loss, diagnose)
+    return _add_hidden(parts, learner, (taps.take(), expected), share) if taps else parts
 
 # %% ../../nbs/training/03_step.ipynb #l006
 def backward_step(
@@ -85,13 +109,15 @@ def backward_step(
     Raises `InputError` where there is no answer token.
     """
     accelerator = learner.accelerator
-    n = _answer_tokens(micro, accelerator)
+    n, share = _answer_tokens(micro, learner), 1.0
+    if learner.taps and learner.hidden.positions == "last_prompt":
+        share = n / _total(learner, sum(map(len, micro)))
     sums = torch.zeros(len(SUMS), device=accelerator.device)
     scale = _LOSS_SCALE if learner.head.weight.dtype == torch.float16 else 1.0
     for i, examples in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last else accelerator.no_sync(learner.student):
-            parts = _loss(learner, examples, diagnose)
+            parts = _loss(learner, examples, diagnose, share)
             accelerator.backward(parts.total * (scale * accelerator.num_processes / n))
             sums += parts.sums.float()
     if scale != 1:

@@ -1,0 +1,131 @@
+"""Terms on hidden states: equal to brute force on full states, by every way a teacher reads."""
+
+import pytest
+import torch
+from helpers_training import PAD, config, equal, go, gradient_of, toy_batch
+from torch.testing import assert_close
+
+from icl_distill.core.config import HiddenConfig, LossConfig
+from icl_distill.core.runs import Run
+from icl_distill.data.alignment import pack
+from icl_distill.models.loading import adapter_off, body_of, frozen_head
+from icl_distill.models.taps import Taps, remove_taps
+from icl_distill.models.teacher import Teacher
+from icl_distill.objectives.hidden_states import state_distance
+from icl_distill.testing import noisy_adapter, raises, tiny_model
+from icl_distill.training.state import Learner
+from icl_distill.training.step import Student, backward_step
+
+FORMS = [
+    HiddenConfig(weight=2.0),
+    HiddenConfig(weight=50.0, layers=[], norm="l2"),  # Patient KD
+    HiddenConfig(
+        weight=3.0,
+        layers=[],
+        embeddings=True,
+        positions="last_prompt",
+        distance="smooth_l1",
+        norm="std",
+    ),  # CODI's
+    HiddenConfig(weight=0.5, layers=[], sum=True),  # Condition C
+    HiddenConfig(weight=1.0, layers=[1, -1], distance="cosine"),
+]
+
+
+def all_states(model, batch, whose):
+    "(A,L+1,D) by transformers' own `hidden_states`."
+    p = pack([getattr(a, whose) for a in batch], [a.n_answer for a in batch], PAD)
+    out = body_of(model)(
+        p.input_ids,
+        attention_mask=p.attention_mask,
+        position_ids=p.position_ids,
+        output_hidden_states=True,
+    )
+    return torch.stack([x[p.rows, p.cols] for x in out.hidden_states], 1), p
+
+
+def brute_force(model, batch, cfg):
+    "The hidden term's mean over positions, from full states."
+    ours, p = all_states(model, batch, "student_ids")
+    with adapter_off(model):
+        theirs, _ = all_states(model, batch, "teacher_ids")
+    n_layers = ours.shape[1] - 1
+    chosen = cfg.layers or range(0 if cfg.embeddings else 1, n_layers + 1)
+    chosen = sorted({i % (n_layers + 1) for i in chosen})
+    at = list(range(len(ours)))
+    if cfg.positions == "last_prompt":
+        at = [i for i in at if i == 0 or p.rows[i] != p.rows[i - 1]]
+    return state_distance(ours[at][:, chosen], theirs[at][:, chosen], cfg).mean()
+
+
+def learner_of(model, cfg, prefixes, ce=0.0):
+    from accelerate import Accelerator
+
+    head = frozen_head(model)
+    teacher = Teacher(model, head, PAD, 16, prefixes=prefixes)
+    loss = LossConfig(weight=0.0, ce=ce)
+    taps = Taps(body_of(model), cfg)
+    return Learner(Student(model), teacher, head, Accelerator(cpu=True), loss, PAD, cfg, taps)
+
+
+@pytest.mark.parametrize("cfg", FORMS, ids=lambda cfg: f"{cfg.distance}-{cfg.norm}-{cfg.positions}")
+@pytest.mark.parametrize("cached", [True, False])
+def test_equals_brute_force(cfg, cached):
+    "The same gradient, with the context's keys and values kept or read at once, in any batches."
+    batch, prefixes = toy_batch()
+    model = noisy_adapter(tiny_model(initializer_range=0.2))
+    brute_force(model, batch, cfg).mul(cfg.weight).backward()
+    want = gradient_of(model)
+    learner = learner_of(model, cfg, prefixes if cached else {})
+    for micro in ([batch], [batch[:2], batch[2:]]):
+        model.zero_grad()
+        sums = backward_step(learner, micro)
+        assert_close(gradient_of(model), want, rtol=2e-3, atol=2e-5 * want.abs().max().item())
+    assert want.abs().max() > 1e-6 and sums[0] > 0
+    remove_taps(body_of(model))
+
+
+@pytest.mark.parametrize("cfg", FORMS, ids=lambda cfg: f"{cfg.distance}-{cfg.norm}-{cfg.positions}")
+def test_zero_at_equality(cfg):
+    "Law 7: a teacher that reads what the student reads, and an adapter that does nothing yet."
+    batch, _ = toy_batch("none")
+    model = noisy_adapter(tiny_model(), noise=0.0)
+    learner = learner_of(model, cfg, {})
+    sums = backward_step(learner, [batch])
+    assert sums[0].abs() < 1e-5 and gradient_of(model).abs().max() < 1e-6
+    remove_taps(body_of(model))
+
+
+def test_gradient_by_finite_differences():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    for cfg in FORMS:
+        torch.autograd.gradcheck(
+            lambda x, cfg=cfg: state_distance(x, t, cfg).sum(), (s.clone().requires_grad_(),)
+        )
+
+
+HIDDEN = ["hidden={weight: 1, layers: [], norm: l2}", "loss={weight: 0}", "log_every=1"]
+
+
+def test_a_run_is_logged_and_goes_on_exactly(tmp_path):
+    whole = go(tmp_path / "whole", *HIDDEN, "schedule=constant")
+    go(tmp_path / "cut", *HIDDEN, "schedule=constant", "steps=4")
+    model = tiny_model()
+    cut = go(tmp_path / "cut", *HIDDEN, "schedule=constant", base=model)
+    assert equal(whole, cut)
+    for row in Run(tmp_path / "whole").metrics():
+        assert row["loss"] == pytest.approx(row["ce"] + row["hidden"], rel=1e-5)
+        assert row["hidden"] > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not equal(whole, go(tmp_path / "sft", "loss={weight: 0}", "schedule=constant"))
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    for key in ("teacher.cache=ram", "train.gradient_checkpointing=true", "train.compile=true"):
+        with raises(f"which {key.partition('=')[0]}"):
+            config(tmp_path, *HIDDEN, key)
+    with raises("hidden.layers [9]"):
+        go(tmp_path / "run", "hidden={weight: 1, layers: [9]}")
+    with raises("nothing to learn"):
+        config(tmp_path, "loss={weight: 0, ce: 0}")
