@@ -33,6 +33,9 @@ def tapped_layers(
         )
     return sorted(found | ({0} if cfg.embeddings else set()))
 
+# %% ../../nbs/models/00_taps.ipynb #tp006b
+_INSTALLED: WeakKeyDictionary[nn.Module, "Taps"] = WeakKeyDictionary()
+
 # %% ../../nbs/models/00_taps.ipynb #tp007
 class Taps:
     "Gathers states of a transformer's layers; idle outside of `at`."
@@ -96,9 +99,6 @@ class Taps:
             self._keep(i, output[0] if isinstance(output, tuple) else output)
 
         return hook
-
-
-_INSTALLED: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
 
 # %% ../../nbs/models/00_taps.ipynb #tp008
 def remove_taps(body: nn.Module):
