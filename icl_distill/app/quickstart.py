@@ -54,7 +54,7 @@ def set_up(
     task = load_task(cfg.task)
     tok = load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     prompter, model = Prompter(tok, cfg.prompt), load_model(cfg.model)
-    if not cfg.loss.weight:
+    if not cfg.has_teacher:
         raise InputError("loss.weight is 0: there would be nothing to compare with SFT")
     conditions = [base_condition(name, cfg, task.train) for name in ("zero_shot", "few_shot")]
     prepare(cfg, task, prompter)
