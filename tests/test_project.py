@@ -20,7 +20,7 @@ core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts prompts alignment
 objectives: targets losses chunked_loss
-models: loading shared_prefix teacher generation vllm_engine engines
+models: loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches state step loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate

@@ -16,6 +16,7 @@ import torch
 
 from ..core.checkpoints import ADAPTER_CONFIG
 from ..core.files import InputError
+from .decoding import Sampling
 from .generation import Completion, check_prompts, completion
 
 # %% ../../nbs/models/05_vllm_engine.ipynb #c070
@@ -57,7 +58,7 @@ def lora_rank(
 
 # %% ../../nbs/models/05_vllm_engine.ipynb #c070a
 class VLLMEngine:
-    "Greedy decoding by vLLM. Raises `InputError` where vLLM is not there."
+    "Decoding by vLLM. Raises `InputError` where vLLM is not there."
 
     name = "vllm"
 
@@ -92,12 +93,15 @@ class VLLMEngine:
         prompts: list[list[int]],  # token ids
         adapter: str | None = None,  # None: the base model
         max_new_tokens: int = 400,
+        sampling: Sampling | None = None,  # None: greedy
     ) -> Iterator[tuple[int, Completion]]:  # (index of the prompt, answer), as they finish
-        "As `TransformersEngine.generate`."
+        "As `TransformersEngine.generate`; what is drawn is vLLM's own, by the same seeds."
         check_prompts(prompts, max_new_tokens, self.max_length)
-        stop = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
+        how = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
+        if sampling:
+            how |= dict(temperature=sampling.temperature, seeds=sampling.seeds)
         names = [adapter] * len(prompts)
-        for i, out in self.answer(prompts, names, max_tokens=max_new_tokens, **stop):
+        for i, out in self.answer(prompts, names, max_tokens=max_new_tokens, **how):
             yield i, completion(self.tok, list(out.outputs[0].token_ids), self.stop_ids)
 
     def probe(self, ids: list[int], adapter: str | None = None) -> torch.Tensor:  # (20,) float32
@@ -109,9 +113,10 @@ class VLLMEngine:
         self,
         prompts: list[list[int]],  # token ids
         adapters: list[str | None],  # the adapter of each
+        seeds: list[int] | None = None,  # of each, where it is drawn
         **sampling,  # of `vllm.SamplingParams`
     ) -> Iterator[tuple[int, Any]]:  # (index of the prompt, vLLM's `RequestOutput`), as they finish
-        "Greedy answers under adapters of their own. Raises `InputError` for unknown ones."
+        "Answers under adapters of their own. Raises `InputError` for unknown ones."
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if unknown := [name for name in adapters if name not in self.requests]:
@@ -119,12 +124,13 @@ class VLLMEngine:
             raise InputError(f"adapter {unknown[0]!r}: vLLM was started with {known}")
         engine = self.llm.llm_engine
         kind = RequestOutputKind.FINAL_ONLY
-        params = SamplingParams(temperature=0, detokenize=False, output_kind=kind, **sampling)
+        common = dict(temperature=0, detokenize=False, output_kind=kind) | sampling
         pending = set()
         try:
             for i, (ids, name) in enumerate(zip(prompts, adapters, strict=False)):
                 prompt = dict(type="token", prompt_token_ids=ids)
                 lora = self.requests[name]
+                params = SamplingParams(**common, seed=seeds[i] if seeds else None)
                 pending.add(engine.add_request(str(i), prompt, params, lora_request=lora) or str(i))
             while engine.has_unfinished_requests():
                 yield from ((int(o.request_id), o) for o in engine.step() if o.finished)
