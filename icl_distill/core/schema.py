@@ -117,6 +117,11 @@ class AnswersConfig(Section):
         "gold",
         "gold; the prompted teacher's; or those of it with which a second labeller agrees",
     )
+    n: PositiveInt = setting(1, "the teacher's answers to each question; more are drawn")
+    temperature: AtLeast0 = setting(0.0, "at which they are drawn; 0: the likeliest token")
+    vote: Switch = setting(
+        True, "n > 1: one answer a question, of the most frequent value; false: all are trained on"
+    )
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
     )
@@ -125,6 +130,15 @@ class AnswersConfig(Section):
         True, "agreed: below min_agreement, train on all of the teacher's answers; false: stop"
     )
     shot_repeats: Count = setting(4, "how often each shot stands among the answered questions")
+
+    @model_validator(mode="after")
+    def _several_differ(self):
+        if self.n > 1 and not self.temperature:
+            raise disagree(
+                f"answers.n={self.n} answers would all be the same at answers.temperature=0: "
+                "raise the temperature (such as 0.7), or leave answers.n at 1"
+            )
+        return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc021
 class TrainConfig(Section):

@@ -97,7 +97,7 @@ class VLLMEngine:
     ) -> Iterator[tuple[int, Completion]]:  # (index of the prompt, answer), as they finish
         "As `TransformersEngine.generate`; what is drawn is vLLM's own, by the same seeds."
         check_prompts(prompts, max_new_tokens, self.max_length)
-        how = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
+        how: dict[str, Any] = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
         if sampling:
             how |= dict(temperature=sampling.temperature, seeds=sampling.seeds)
         names = [adapter] * len(prompts)
