@@ -27,7 +27,7 @@ from .core.runs import Run
 from .data.examples import Example
 from .data.tasks import Task
 from .evaluation.scores import completed, paired, summary
-from .models.generation import Completion
+from .models.decoding import Completion
 from .models.loading import add_lora
 from .training.labels import Labels
 

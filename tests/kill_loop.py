@@ -1,7 +1,8 @@
 """Kill training and evaluation at random moments, go on, compare: `python tests/kill_loop.py`.
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
-in RAM, or not at all, or on its own answers where a second labeller agrees, and then evaluated.
+in RAM, or not at all, on its own answers where a second labeller agrees, or on policy, and then
+evaluated.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +30,10 @@ import torch
 from safetensors.torch import load_file
 
 from icl_distill.core.devices import environment
-from icl_distill.testing import answering_folder, quiet_environment
+from icl_distill.testing import answering_folder, quiet_environment, tiny_folder
 
-ARMS = ("disk", "ram", "off", "agreed")  # where targets are cached; or whose answers are learnt
+ARMS = ("disk", "ram", "off", "agreed", "student")  # where targets are cached; or whose answers
+# are learnt
 PHASES = ("start", "step", "save")
 OVER = [
     "model.dtype=float32",
@@ -51,6 +53,11 @@ TRAIN = [
     "accumulation=2",
 ]  # 22 examples: three epochs and a part
 AGREED = ["task.n_questions=20", "answers.labeller_steps=6", "answers.shot_repeats=1"]
+STUDENT = [
+    "loss={kind: reverse_kl, weight: 1, ce: 0}",
+    "answers={source: student, temperature: 1.0, refresh: 2}",
+    "evaluate.max_new_tokens=24",
+]
 EVALUATE = [
     "conditions=[zero_shot]",
     "steps=[12]",
@@ -75,9 +82,9 @@ class Job:
 
     def command(self, name: str) -> list[str]:
         "What follows `python` to train or to evaluate."
-        agreed = self.arm == "agreed"
-        config = "bake" if agreed else "quickstart"
-        own = AGREED if agreed else [f"teacher.cache={self.arm}"]
+        config = "bake" if self.arm == "agreed" else "quickstart"
+        answers = {"agreed": AGREED, "student": STUDENT}
+        own = answers.get(self.arm, [f"teacher.cache={self.arm}"])
         given = [config, f"model.name={self.model}", f"run={self.run}", *own, *OVER]
         if name == "train":
             return ["-m", "icl_distill.train", *given, *TRAIN]
@@ -241,11 +248,14 @@ def strike(command: list[str], when: Moment | None = None) -> bool:
 class Loop:
     "Kills so many times, over as many runs as that takes, and counts."
 
-    def __init__(self, times: int, seed: int, folder: Path):
+    def __init__(self, times: int, seed: int, folder: Path, arms: Sequence[str] = ARMS):
         self.times = times
+        self.arms = arms
         self.seed = seed
         self.folder = folder
         self.model = answering_folder(folder / "model")
+        # one whose context matters, so that its own answers teach it something
+        self.talkative = tiny_folder(folder / "talkative", initializer_range=0.3)
         self.rng = random.Random(seed)
         self.wanted: dict[str, dict] = {}  # by arm: the outcome of an uninterrupted run
         self.aimed_at: Counter = Counter()
@@ -275,10 +285,10 @@ class Loop:
 
     def one_run(self):
         "Train and evaluate, killed and started again, and compare."
-        arm = ARMS[self.runs % len(ARMS)]
+        arm = self.arms[self.runs % len(self.arms)]
         if arm not in self.wanted:
             self.wanted[arm] = self.uninterrupted(arm)
-        job = Job(self.model, self.folder / f"run{self.runs}", arm)
+        job = self.job(arm, f"run{self.runs}")
         phases = [self.rng.choice(job.phases) for _ in range(self.rng.randint(2, 5))]
         evaluations = ["evaluate"] * self.rng.randint(1, 2)
         self.to_its_end(job, "train", phases)
@@ -289,9 +299,13 @@ class Loop:
             print(f"MISMATCH in run {self.runs} ({arm}): {odd}", flush=True)
         self.runs += 1
 
+    def job(self, arm: str, name: str) -> Job:
+        model = self.talkative if arm == "student" else self.model
+        return Job(model, self.folder / name, arm)
+
     def uninterrupted(self, arm: str) -> dict:
         "The outcome of a run that nobody kills."
-        job = Job(self.model, self.folder / arm, arm)
+        job = self.job(arm, arm)
         strike(job.command("train"))
         strike(job.command("evaluate"))
         return outcome(job)
@@ -318,12 +332,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, default=5, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which kinds of runs")
     parser.add_argument("--out", help="a results file to write")
     args = parser.parse_args()
     os.environ.update(quiet_environment())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        counts = Loop(args.times, args.seed, Path(folder)).run()
+        counts = Loop(args.times, args.seed, Path(folder), args.arms).run()
     if args.out:
         result = counts | dict(environment=environment())
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -15,9 +15,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from icl_distill.core.config import Config, EvaluateConfig
-from icl_distill.models.decoding import Sampling, left_pad, seed_of
+from icl_distill.models.decoding import left_pad
 from icl_distill.models.engines import check_applied, choose_engine, open_engine
-from icl_distill.models.generation import TransformersEngine, check_prompts, evaluating, kv_bytes
+from icl_distill.models.generation import (
+    TransformersEngine,
+    check_prompts,
+    evaluating,
+    kv_bytes,
+)
 from icl_distill.models.loading import body_of
 from icl_distill.models.shared_prefix import RowsLayer, common_prefix, sees_all
 from icl_distill.models.vllm_engine import lora_rank
@@ -375,29 +380,3 @@ def test_rank(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(dict(r=rank)))
     assert lora_rank({"a": tmp_path / "a"}) == 8
     assert lora_rank({"a": tmp_path / "a", "b": tmp_path / "b"}) == 32
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
-def test_what_is_drawn_depends_on_its_seed_alone(kind):
-    "Not on its batch, its order, the way the prefix is read, or when its neighbours end."
-    model, prompts = model_of(kind), prompts_of(n=9)
-    seeds = [seed_of(5, "q", number) for number in range(len(prompts))]
-
-    def drawn(at, stop_ids, size, share=True):
-        engine = TransformersEngine(model, Words(), stop_ids, size)
-        sampling = Sampling(1.0, seeds).of(at)
-        some = [prompts[i] for i in at]
-        out = dict(engine.generate(some, None, 20, share, sampling))
-        return {i: out[place].ids for place, i in enumerate(at)}
-
-    free = drawn(range(9), [], 9)
-    stop = [free[0][3], free[1][8]]
-    want = drawn(range(9), stop, 1)
-    assert len({len(ids) for ids in want.values()}) > 1
-    assert drawn([7, 3, 5, 0], stop, 3) == {i: want[i] for i in (7, 3, 5, 0)}
-    assert drawn(range(9), stop, 4, share=False) == want
-    assert len(set(map(tuple, want.values()))) == 9
-    same = [prompts[0]] * 6
-    one = TransformersEngine(model, Words(), [])
-    said = dict(one.generate(same, None, 8, sampling=Sampling(1.0, seeds[:6])))
-    assert len({tuple(answer.ids) for answer in said.values()}) == 6

@@ -47,9 +47,11 @@ def cases(draw):
     A, V, D = draw(st.integers(1, 9)), draw(st.integers(2, 40)), draw(st.integers(1, 8))
     K, kind = draw(st.integers(1, V)), draw(st.sampled_from(KINDS))
     T = 1.0 if kind.endswith("mse") else draw(st.sampled_from([0.5, 1.0, 2.0, 7.0]))
+    weight = draw(st.sampled_from([0.0, 0.5, 3.0]))
     cfg = LossConfig(
         kind=kind,
-        weight=draw(st.sampled_from([0.0, 0.5, 3.0])),
+        weight=weight,
+        ce=draw(st.sampled_from([0.0, 1.0, 0.3] if weight else [1.0, 0.3])),
         temperature=T,
         beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
         tail=draw(st.booleans()),
@@ -198,6 +200,25 @@ logits = st.builds(
     st.sampled_from([0.1, 1.0, 4.0]),
     st.integers(0, 10**6),
 )
+
+
+@pytest.mark.parametrize("f", [plain_loss, chunked_loss])
+@pytest.mark.parametrize("T", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_hintons_mixture(f, T, alpha):
+    "(1-α)·CE + α·T²·KL (Hinton et al. 2015, arXiv 1503.02531), over the whole vocabulary."
+    g = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(11, 5, generator=g, dtype=torch.float64))
+    hidden, other = torch.randn(2, 7, 5, generator=g, dtype=torch.float64)
+    labels, leaf = torch.randint(11, (7,), generator=g), hidden.clone().requires_grad_()
+    cold, warm = ((head(x) / T).log_softmax(-1) for x in (leaf, other))
+    soft = F.kl_div(cold, warm, log_target=True, reduction="sum") * T * T
+    want = (1 - alpha) * F.cross_entropy(head(leaf), labels, reduction="sum") + alpha * soft
+    (slope,) = torch.autograd.grad(want, leaf)
+    cfg = LossConfig(kind="forward_kl", tail=False, temperature=T, weight=alpha, ce=1 - alpha)
+    total, _, grad = _run(f, hidden, labels, head, topk_targets(head(other), 11, T), cfg)
+    assert_close(total, want.detach())
+    assert_close(grad, 0.37 * slope)
 
 
 @quick

@@ -12,7 +12,7 @@ from icl_distill.objectives.losses import SUMS
 from icl_distill.models.loading import TrainedHead, add_lora, adapter_off, frozen_head, trained_head
 from icl_distill.models.teacher import Teacher
 from icl_distill.testing import tiny_model
-from icl_distill.training.loop import _head
+from icl_distill.training.setup import _head
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
 

@@ -21,12 +21,12 @@ core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts prompts alignment
 objectives: targets losses chunked_loss
 models: loading shared_prefix teacher decoding generation vllm_engine engines
-training: batches state step loop answers labels
+training: batches state step on_policy setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures
 app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: quickstart doctor command bake_command cli
+app: quickstart doctor methods command bake_command cli
 testing
 """
 LINES_OF_A_MODULE = 320
@@ -434,7 +434,12 @@ def test_quarto_config():
 # --- configs, commands, pins
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (root / "configs").glob("*.yaml")))
+CONFIGS = [*(root / "configs").glob("*.yaml"), *(root / "configs" / "methods").glob("*.yaml")]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(f.relative_to(root / "configs").with_suffix("").as_posix() for f in CONFIGS)
+)
 def test_config_loads(name):
     from icl_distill.core.config import load_config, shipped_configs
 

@@ -75,8 +75,8 @@ def train_arms(
     from icl_distill.training.loop import train
 
     cfg, tok, out = setup.cfg, setup.engine.tok, []
-    for name, weight in (("sft", 0.0), ("distill", cfg.loss.weight)):
-        loss = replace(cfg.loss, weight=weight)
+    sft = replace(cfg.loss, weight=0.0, ce=1.0)
+    for name, loss in (("sft", sft), ("distill", cfg.loss)):
         arm = replace(cfg, loss=loss, run=str(Path(cfg.run) / name))
         folder = train(arm, setup.model, tok, setup.task, progress)
         out.append(Condition(name, checkpoint=str(folder), step=cfg.train.steps))

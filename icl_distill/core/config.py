@@ -86,12 +86,13 @@ def _read_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from e
 
 # %% ../../nbs/core/04_config.ipynb #cf012
-def shipped_configs() -> dict[str, Path]:  # name, such as 'online_v1' -> file
+def shipped_configs() -> dict[str, Path]:  # name, 'online_v1' or 'methods/hinton' -> file
     "The configs that come with the package."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
     for folder in (here.parent / "configs", here.parent.parent / "configs"):
         if (folder / "base.yaml").is_file():
-            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+            found = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("methods/*.yaml"))]
+            return {p.relative_to(folder).with_suffix("").as_posix(): p for p in found}
     return {}
 
 
@@ -100,10 +101,11 @@ def _find(name: str, beside: Path | None = None) -> Path:
     path = beside.parent / name if beside else Path(name)
     if path.is_file():
         return path
-    known, stem = shipped_configs(), Path(name).stem
-    if stem in known and str(Path(name).parent) in (".", "configs"):
-        return known[stem]
-    close = difflib.get_close_matches(stem, known, 1)
+    known = shipped_configs()
+    plain = name.removesuffix(".yaml").removeprefix("configs/")
+    if plain in known:
+        return known[plain]
+    close = difflib.get_close_matches(plain, known, 1)
     by = f", extended by {beside}" if beside else ""
     hint = f"did you mean {close[0]!r}?" if close else f"shipped are {', '.join(known)}"
     raise InputError(f"config {name!r}: no such file{by}; {hint}")

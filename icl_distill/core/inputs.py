@@ -64,6 +64,9 @@ class LoraConfig(Section):
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "linear layers with an adapter",
     )
+    init_from: Text | None = setting(
+        None, "a checkpoint, or a run whose newest it is, to begin with; default: no change yet"
+    )
 
 # %% ../../nbs/core/03_inputs.ipynb #sc012
 class TaskConfig(Section):

@@ -87,12 +87,13 @@ class TeacherConfig(Section):
 
 # %% ../../nbs/core/03_schema.ipynb #sc018
 class LossConfig(Section):
-    "CE + weight · distillation."
+    "ce · CE + weight · distillation."
 
     kind: Literal["mse", "centred_mse", "forward_kl", "reverse_kl", "jsd"] = setting(
         "mse", "the distillation term"
     )
     weight: AtLeast0 = setting(0.5, "λ; 0 is plain supervised fine-tuning")
+    ce: AtLeast0 = setting(1.0, "the weight of CE; 0 is distillation alone")
     temperature: Positive = setting(1.0, "of the KL family")
     beta: Beta = setting(0.5, "jsd: the teacher's share of the mixture")
     tail: Switch = setting(
@@ -109,19 +110,27 @@ class LossConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_learnt(self):
+        if not self.ce and not self.weight:
+            raise disagree("loss.ce and loss.weight are both 0: there is nothing to learn")
+        return self
+
 # %% ../../nbs/core/03_schema.ipynb #sc019c
 class AnswersConfig(Section):
     "Whose answers are supervised."
 
-    source: Literal["gold", "teacher", "agreed"] = setting(
+    source: Literal["gold", "teacher", "agreed", "student"] = setting(
         "gold",
-        "gold; the prompted teacher's; or those of it with which a second labeller agrees",
+        "gold; the prompted teacher's; those of it with which a second labeller agrees; "
+        "or the student's own",
     )
-    n: PositiveInt = setting(1, "the teacher's answers to each question; more are drawn")
-    temperature: AtLeast0 = setting(0.0, "at which they are drawn; 0: the likeliest token")
+    n: PositiveInt = setting(1, "teacher, agreed: the teacher's answers to each question")
+    temperature: AtLeast0 = setting(0.0, "at which answers are drawn; 0 is greedy")
     vote: Switch = setting(
         True, "n > 1: one answer a question, of the most frequent value; false: all are trained on"
     )
+    refresh: PositiveInt = setting(1, "student: steps before it answers anew")
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
     )
@@ -138,6 +147,8 @@ class AnswersConfig(Section):
                 f"answers.n={self.n} answers would all be the same at answers.temperature=0: "
                 "raise the temperature (such as 0.7), or leave answers.n at 1"
             )
+        if self.n > 1 and self.source == "student":
+            raise disagree("answers.source 'student' answers each question once: set answers.n=1")
         return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc021
@@ -199,12 +210,32 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _answers_have_questions(self):
-        if self.answers.source == "gold" or self.task.questions_path or self.task.n_questions:
+        if (
+            self.answers.source in ("gold", "student")
+            or self.task.questions_path
+            or self.task.n_questions
+        ):
             return self
         raise disagree(
             f"answers.source is {self.answers.source!r}, but there are no questions to answer: "
             "name their file in task.questions_path, or give task.n_questions for a generated task"
         )
+
+    @model_validator(mode="after")
+    def _own_answers_need_a_teacher(self):
+        if self.answers.source != "student":
+            return self
+        if self.loss.ce or not self.loss.weight:
+            raise disagree(
+                "answers.source is 'student', which learns from the teacher alone: set loss.ce=0 "
+                "and a loss.weight above 0"
+            )
+        if self.teacher.cache != "off":
+            raise disagree(
+                "answers.source is 'student', whose answers are new each time: "
+                "teacher.cache must be off"
+            )
+        return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc029
 def config_table(model: type[Section] = Config) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import diff_configs
+from ..core.config import Config, config_dict, diff_configs
 from ..core.files import InputError
 from ..core.results import Comparison, Results
 from ..core.runs import Evaluation
@@ -65,16 +65,23 @@ _ELSEWHERE = ("seed", "run", "evaluate", "device")
 _OF_DISTILLATION = ("kind", "temperature", "beta", "tail")
 
 
+def _filled(config: dict[str, Any]) -> dict[str, Any]:
+    "With the defaults of keys that an older file lacks."
+    out = config_dict(Config()) | config
+    for key, part in config_dict(Config()).items():
+        if isinstance(part, dict):
+            out[key] = part | out[key]
+    return out
+
+
 def what_matters(
     config: dict[str, Any],  # a whole config as plain values
 ) -> dict[str, Any]:
     "What of it makes a training what it is, seed and place aside."
-    kept = {key: part for key, part in config.items() if key not in _ELSEWHERE}
-    given = {key: value for key, value in config["task"].items() if value is not None}
-    kept["task"] = given  # an older file lacks the newer keys, whose default is none
-    if config.get("answers", {"source": "gold"})["source"] == "gold":
-        kept.pop("answers", None)
-    loss, context = config["loss"], config["context"]
+    kept = {key: part for key, part in _filled(config).items() if key not in _ELSEWHERE}
+    if kept["answers"]["source"] == "gold":
+        del kept["answers"]
+    loss, context = kept["loss"], kept["context"]
     if loss["weight"] != 0:
         return kept
     reserves = context["kind"] in ("fixed", "shuffled_answers")

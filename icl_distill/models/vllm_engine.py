@@ -16,8 +16,8 @@ import torch
 
 from ..core.checkpoints import ADAPTER_CONFIG
 from ..core.files import InputError
-from .decoding import Sampling
-from .generation import Completion, check_prompts, completion
+from .decoding import Completion, Sampling, completion
+from .generation import check_prompts
 
 # %% ../../nbs/models/05_vllm_engine.ipynb #c070
 def import_vllm():
@@ -93,15 +93,14 @@ class VLLMEngine:
         prompts: list[list[int]],  # token ids
         adapter: str | None = None,  # None: the base model
         max_new_tokens: int = 400,
-        sampling: Sampling | None = None,  # None: greedy
+        sampling: Sampling | None = None,  # None: greedy; other tokens than torch draws
     ) -> Iterator[tuple[int, Completion]]:  # (index of the prompt, answer), as they finish
-        "As `TransformersEngine.generate`; what is drawn is vLLM's own, by the same seeds."
+        "As `TransformersEngine.generate`."
         check_prompts(prompts, max_new_tokens, self.max_length)
-        how: dict[str, Any] = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
-        if sampling:
-            how |= dict(temperature=sampling.temperature, seeds=sampling.seeds)
+        stop = dict(stop_token_ids=sorted(self.stop_ids), ignore_eos=True)
         names = [adapter] * len(prompts)
-        for i, out in self.answer(prompts, names, max_tokens=max_new_tokens, **how):
+        stop["max_tokens"] = max_new_tokens
+        for i, out in self.answer(prompts, names, sampling, **stop):
             yield i, completion(self.tok, list(out.outputs[0].token_ids), self.stop_ids)
 
     def probe(self, ids: list[int], adapter: str | None = None) -> torch.Tensor:  # (20,) float32
@@ -113,8 +112,8 @@ class VLLMEngine:
         self,
         prompts: list[list[int]],  # token ids
         adapters: list[str | None],  # the adapter of each
-        seeds: list[int] | None = None,  # of each, where it is drawn
-        **sampling,  # of `vllm.SamplingParams`
+        sampling: Sampling | None = None,  # None: greedy
+        **options,  # of `vllm.SamplingParams`
     ) -> Iterator[tuple[int, Any]]:  # (index of the prompt, vLLM's `RequestOutput`), as they finish
         "Answers under adapters of their own. Raises `InputError` for unknown ones."
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -123,14 +122,14 @@ class VLLMEngine:
             known = ", ".join(filter(None, self.requests)) or "none"
             raise InputError(f"adapter {unknown[0]!r}: vLLM was started with {known}")
         engine = self.llm.llm_engine
-        kind = RequestOutputKind.FINAL_ONLY
-        common = dict(temperature=0, detokenize=False, output_kind=kind) | sampling
+        options |= dict(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        options["temperature"] = sampling.temperature if sampling else 0
         pending = set()
         try:
             for i, (ids, name) in enumerate(zip(prompts, adapters, strict=False)):
                 prompt = dict(type="token", prompt_token_ids=ids)
-                lora = self.requests[name]
-                params = SamplingParams(**common, seed=seeds[i] if seeds else None)
+                lora, seed = self.requests[name], sampling.seeds[i] if sampling else None
+                params = SamplingParams(seed=seed, **options)
                 pending.add(engine.add_request(str(i), prompt, params, lora_request=lora) or str(i))
             while engine.has_unfinished_requests():
                 yield from ((int(o.request_id), o) for o in engine.step() if o.finished)

@@ -86,7 +86,7 @@ def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     if targets is None:
         z, logz = _exp_(x)
         ce = logz - at_label
-        return _Terms(ce, ce), _Powers(x, z, x, z)
+        return _Terms(ce, cfg.ce * ce), _Powers(x, z, x, z)
     ids = targets.ids.long()
     values = x.gather(1, ids)
     hot = x / cfg.temperature if cfg.temperature != 1 else x
@@ -94,7 +94,7 @@ def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     hot_z, hot_logz = (z, logz) if hot is x else _exp_(hot)
     ce = logz - at_label
     distilled, by_values, by_logz = _distill(values, hot_logz, targets, job)
-    terms = _Terms(ce, ce + cfg.weight * distilled.loss, distilled)
+    terms = _Terms(ce, cfg.ce * ce + cfg.weight * distilled.loss, distilled)
     return terms, _Powers(x, z, hot, hot_z, ids, by_values, by_logz)
 
 # %% ../../nbs/objectives/03_chunked_loss.ipynb #ch07b
@@ -102,14 +102,14 @@ def _backward_(p: _Powers, job: _Job) -> list[Tensor]:
     "Gradients at the logits, written over `p.cold`: of all, or CE's and distillation's apart."
     y = job.labels[:, None]
     # what CE and distillation want of every logit, per exp(x-max)
-    every = 1 / p.cold_sum[:, None]
+    every = job.cfg.ce / p.cold_sum[:, None]
     also: Tensor | float = 0.0
     if p.by_logz is not None:
         also = (p.by_logz / (p.hot_sum * job.cfg.temperature))[:, None]
     own = p.by_values is not None and (job.apart or p.hot is not p.cold)  # a matrix of its own?
     of_distill = p.hot * also if own else p.cold
     of_ce = p.cold.mul_(every if own else every + also)
-    of_ce.scatter_add_(1, y, torch.full_like(y, -1, dtype=of_ce.dtype))
+    of_ce.scatter_add_(1, y, torch.full_like(y, -job.cfg.ce, dtype=of_ce.dtype))
     if p.ids is not None and p.by_values is not None:
         of_distill.scatter_add_(1, p.ids, p.by_values)
     if not own:

@@ -90,8 +90,8 @@ def distill_loss(
 
 # %% ../../nbs/objectives/02_losses.ipynb #c036
 SUMS = (
-    "total",  # CE + λ·distillation
-    "ce",
+    "total",  # w·CE + λ·distillation
+    "ce",  # unweighted
     "distill",  # unweighted
     "positions",  # how many there were
     "distilled",  # how many had targets
@@ -100,8 +100,10 @@ SUMS = (
     "topk_mass",  # the teacher's probability of its top K
     "student_topk_mass",  # the student's, of the same ids
     "diagnosed",  # positions whose gradients were looked at
-    "ce_grad_sq",  # squared norm of CE's gradient at the hidden states
+    "ce_grad_sq",  # squared norm of w times CE's gradient at the hidden states
     "distill_grad_sq",  # of λ times distillation's
+    "answers",  # the student's own, where it learns from them
+    "truncated",  # those of them that reached the limit
 )
 
 
@@ -109,7 +111,7 @@ SUMS = (
 class LossParts:
     "What a loss returns: `total` to be differentiated, and sums to be logged."
 
-    total: Tensor  # scalar, CE + λ·distillation, summed over positions
+    total: Tensor  # scalar, w·CE + λ·distillation, summed over positions
     sums: Tensor  # (len(SUMS),) detached; adds up over micro-batches and processes
 
     def __getattr__(self, name: str) -> Any:  # `parts.ce`, `parts.distill`, …
@@ -150,7 +152,7 @@ class _Terms:
     "The loss at `a` positions, before it is summed."
 
     ce: Tensor  # (a,)
-    total: Tensor  # (a,) CE + λ·distillation
+    total: Tensor  # (a,) w·CE + λ·distillation
     distilled: _Distilled | None = None
 
     def sums(
@@ -200,6 +202,9 @@ def loss_metrics(
         out["ce_grad_norm"] = math.sqrt(x["ce_grad_sq"]) / n_diagnosed
     if n_diagnosed and n_distilled:
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
+    if x["answers"]:
+        out["answer_tokens"] = n / x["answers"]
+        out["truncated"] = x["truncated"] / x["answers"]
     return out
 
 # %% ../../nbs/objectives/02_losses.ipynb #c041
@@ -229,23 +234,24 @@ def plain_loss(
     cfg: LossConfig,
     diagnose: bool = False,  # gradient norms too?
 ) -> LossParts:
-    """CE + λ·distillation over one matrix of logits: the definition.
+    """w·CE + λ·distillation over one matrix of logits: the definition.
 
     Raises `InputError` where the numbers of rows differ."""
     _check_shapes(hidden, labels, targets)
     logits = _wide(head(hidden))
     ce = F.cross_entropy(logits, labels, reduction="none")
-    terms = _Terms(ce, ce)
+    weighted = cfg.ce * ce
+    terms = _Terms(ce, weighted)
     if targets is not None:
         values = logits.gather(1, targets.ids.long())
         logz = (logits / cfg.temperature).logsumexp(-1)
         d = distill_loss(values, logz, targets, cfg)
-        terms = _Terms(ce, ce + cfg.weight * d, _Distilled(d, values, logz, targets))
+        terms = _Terms(ce, weighted + cfg.weight * d, _Distilled(d, values, logz, targets))
     grads = None
     if diagnose and terms.total.requires_grad:
         distilled = terms.distilled
         grads = (
-            _grad(ce, hidden),
+            _grad(weighted, hidden),
             None if distilled is None else _grad(cfg.weight * distilled.loss, hidden),
         )
     return LossParts(terms.total.sum(), terms.sums(cfg.temperature, grads))

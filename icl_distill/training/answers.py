@@ -22,7 +22,7 @@ from ..data.contexts import Context
 from ..data.examples import Question
 from ..data.prompts import Prompter
 from ..data.tasks import Task
-from ..models.decoding import Sampling, seed_of
+from ..models.decoding import Sampling
 from ..models.engines import check_applied
 from .loop import train
 
@@ -61,9 +61,10 @@ def labeller_config(cfg: Config) -> Config:
     return replace(
         cfg,
         run=str(Run(cfg.run).labeller_path),
+        lora=replace(cfg.lora, init_from=None),
         answers=AnswersConfig(),
         context=replace(cfg.context, kind="none"),
-        loss=replace(cfg.loss, weight=0.0),
+        loss=replace(cfg.loss, weight=0.0, ce=1.0),
         train=replace(cfg.train, steps=steps, save_every=steps, save_total_limit=None),
     )
 
@@ -144,7 +145,7 @@ def _answers(asking: Asking, labeller: Labeller, asked: list[tuple[Question, lis
         check_applied(asking.engine, adapter, prompts[0])
     limit, drawn = asking.cfg.evaluate.max_new_tokens, {}
     if labeller.temperature:
-        seeds = [seed_of(asking.cfg.seed, question.id, 0) for question, _ in asked]
+        seeds = [answer_seed(asking.cfg.seed, 0, question.id) for question, _ in asked]
         drawn = dict(sampling=Sampling(labeller.temperature, seeds))
     for n, said in asking.engine.generate(prompts, adapter, limit, **drawn):
         yield AnswerLine(

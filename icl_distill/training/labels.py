@@ -36,6 +36,7 @@ from icl_distill.training.answers import (
     several,
 )
 from .loop import train
+from .on_policy import asked_task
 
 # %% ../../nbs/training/06_labels.ipynb #an19
 DID_NOT_END = "it did not end"
@@ -268,15 +269,18 @@ def train_on_answers(
     task: Task | None = None,  # likewise
     progress: bool = True,  # bars
 ) -> Path:  # the newest checkpoint
-    "`train`, on gold answers or on those that are made first. Raises `InputError` as it does."
+    "`train`, on whichever answers the config names. Raises `InputError` as it does."
     source = cfg.answers.source
     if source == "gold":
         return train(cfg, model, tok, task, progress)
+    task = task or load_task(cfg.task)
+    if source == "student":
+        check_answers(cfg, task)
+        return train(cfg, model, tok, asked_task(task), progress)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
             f"answers.source={source} runs in one process: start it without a launcher"
         )
-    task = task or load_task(cfg.task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     cfg = settled(cfg)
     if model is None:

@@ -7,41 +7,26 @@ __all__ = ['log', 'Progress', 'train']
 
 # %% ../../nbs/training/04_loop.ipynb #h0065
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from ..core.checkpoints import Checkpoint, remove_unfinished
-from ..core.config import Config, to_yaml
-from ..core.devices import check_training, environment, machine_of, say_machine, settled
-from ..core.files import InputError
+from ..core.config import Config
 from ..core.hub import load_tokenizer
-from ..core.metrics import cut_metrics
 from ..core.pace import Pace, say_estimate
 from ..core.runs import Run
 from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
-from icl_distill.models.loading import (
-    add_lora,
-    base_of,
-    body_of,
-    frozen_head,
-    load_model,
-    trained_head,
-    weights_hash,
-)
-from ..models.teacher import CachedTargets, Teacher, TeacherOptions
+from ..models.loading import add_lora, load_model, weights_hash
 from ..objectives.losses import SUMS, loss_metrics
-from .batches import Data, first_batches, micro_batches, prepare
-from .state import Learner, TrainState, load_checkpoint, save_checkpoint
+from .batches import micro_batches, prepare
+from .setup import accelerator_of, assemble, begin, check, settle
+from .state import TrainState, save_checkpoint
 from icl_distill.training.step import (
     Stop,
-    Student,
     backward_step,
     check_finite,
     explain_out_of_memory,
@@ -104,10 +89,17 @@ class Progress:
             say_estimate(self.pace.each(), steps - step, self.what, device=device)
 
 # %% ../../nbs/training/04_loop.ipynb #c040
+def _examples(state: TrainState) -> list:
+    "Those of the step that comes, with their own answers or the student's."
+    if state.own:
+        return state.own(state)
+    return state.data.batch(state.step, state.batch_size, state.config.seed)
+
+
 def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     t, learner = state.config.train, state.learner
     accelerator = learner.accelerator
-    batch = state.data.batch(state.step, state.batch_size, state.config.seed)
+    batch = _examples(state)
     micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
     for group in state.optimizer.param_groups:
         group["lr"] = t.lr * lr_factor(state.step, t)
@@ -121,7 +113,7 @@ def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     state.sums += sums
     return norm
 
-
+# %% ../../nbs/training/04_loop.ipynb #c040c
 def _save(state: TrainState):
     state.checkpoint = save_checkpoint(state)
     if state.is_main and state.learner.teacher:
@@ -143,136 +135,6 @@ def _loop(state: TrainState, shown: bool):
             if stopping and not at_the_end:
                 stop.leave(state)
 
-# %% ../../nbs/training/04_loop.ipynb #l021
-def _accelerator(cfg: Config):
-    "Raises `InputError` where this process cannot train as the config says."
-    from accelerate import Accelerator
-
-    device, tracker = machine_of(cfg).device, cfg.train.tracker
-    accelerator = Accelerator(
-        mixed_precision=cfg.train.mixed_precision,
-        log_with=tracker,
-        project_dir=cfg.run if tracker else None,
-        cpu=device == "cpu",
-    )
-    if (there := accelerator.device.type) != device:
-        raise InputError(
-            f"the device is {device}, but this process has used accelerate with {there} before: "
-            "start a new one"
-        )
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
-        raise InputError(
-            f"launched as {world} processes that do not find each other: "
-            "set ACCELERATE_USE_CPU=true to train on CPUs"
-        )
-    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise InputError(
-            f"training does not run under {kind}: teacher and student share one set of whole "
-            "weights on each device; launch it with plain data parallelism"
-        )
-    return accelerator
-
-# %% ../../nbs/training/04_loop.ipynb #c038
-def _head(model, cfg: Config, main: bool):
-    "The output head, after what changes the model's forward pass."
-    if cfg.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    if cfg.train.compile:
-        body_of(model).compile(dynamic=True)
-    head = frozen_head(model)
-    if head is None and main:
-        print("the output head carries an adapter: the plain loss is used, with all logits at once")
-    return trained_head(model) if head is None else head
-
-
-def _optimizer(model, cfg: Config) -> torch.optim.Optimizer:
-    params, t = [p for p in model.parameters() if p.requires_grad], cfg.train
-    return torch.optim.AdamW(params, lr=t.lr, weight_decay=t.weight_decay, fused=params[0].is_cuda)
-
-
-def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
-    cfg, data = state.config, state.data
-    if not cfg.loss.weight:
-        return None
-    cached = None
-    if cfg.teacher.cache != "off":
-        known = (state.base_hash, cfg.model.dtype, cfg.train.mixed_precision, cfg.teacher.top_k)
-        mark = " ".join(map(str, (*known, cfg.loss.temperature)))
-        folder = Path(cfg.teacher.cache_folder or state.run.targets_path)
-        cached = CachedTargets(mark, folder if cfg.teacher.cache == "disk" else None)
-    world = state.learner.accelerator.num_processes
-    options = TeacherOptions(
-        temperature=cfg.loss.temperature,
-        cache=cached,
-        prefix_bytes=cfg.teacher.prefix_gib * 2**30,
-        first_batch=first_batches(data, cfg.train, cfg.seed, world),
-    )
-    head, pad_id = state.learner.head, state.learner.pad_id
-    return Teacher(state.model, head, pad_id, cfg.teacher.top_k, data.prefixes, options)
-
-# %% ../../nbs/training/04_loop.ipynb #l025
-def _begin_folder(state: TrainState):
-    "The run's folder: nothing half written or later than the checkpoint; config and machine."
-    run, cfg = state.run, state.config
-    remove_unfinished(run.checkpoints_path)
-    for path in run.targets_path.glob("*/*.tmp"):
-        path.unlink()  # a killed process was writing them
-    run.config_path.write_text(to_yaml(cfg))
-    run.environment_path.write_text(json.dumps(environment(cfg.device), indent=1))
-    run.left_out_path.write_text(json.dumps(state.data.left_out, indent=1))
-    cut_metrics(run.metrics_path, state.step)
-
-
-def _begin(state: TrainState, checkpoint: Path | None):
-    "From the first step, or from a checkpoint. Raises `InputError` as `load_checkpoint` does."
-    from accelerate.utils import set_seed
-
-    learner, accelerator = state.learner, state.learner.accelerator
-    set_seed(state.config.seed, device_specific=True)
-    if checkpoint:
-        load_checkpoint(state, checkpoint)
-    if state.is_main:
-        _begin_folder(state)
-    learner.student, state.optimizer = accelerator.prepare(learner.student, state.optimizer)
-    learner.teacher = _teacher(state)
-    if state.config.train.tracker:
-        accelerator.init_trackers("tensorboard", {})
-    state.sums = state.sums.to(accelerator.device)
-    state.model.train()
-
-# %% ../../nbs/training/04_loop.ipynb #l027
-def _settle(cfg: Config, done: list[Checkpoint], model, shown: bool) -> Config:
-    "The dtype that `auto` keeps. Raises `InputError` where a run must not go on."
-    kept = None
-    if done and done[-1].dtype:
-        kept = done[-1].dtype, f"that of {done[-1].folder.name}"
-    elif model is not None:
-        kept = str(base_of(model).dtype).removeprefix("torch."), "that of the model given"
-    if shown:
-        say_machine(machine_of(cfg, kept))
-    if done and not cfg.train.resume:
-        raise InputError(
-            f"{cfg.run} already holds checkpoints up to {done[-1].folder.name}; choose another "
-            "`run`, or train.resume=true to go on"
-        )
-    return settled(cfg, kept)
-
-
-def _check(cfg: Config):
-    "Raises `InputError` for settings that cannot be trained with."
-    check_training(cfg, machine_of(cfg).device)
-    if cfg.train.tracker not in (None, "tensorboard"):
-        raise InputError(f"train.tracker is {cfg.train.tracker!r}; known is tensorboard")
-
-
-def _assemble(cfg: Config, accelerator, model, tok, data: Data, base_hash: str) -> TrainState:
-    "Before the first step; the teacher comes when all else stands."
-    head = _head(model, cfg, accelerator.is_main_process)
-    learner = Learner(Student(model), None, head, accelerator, cfg.loss, tok.pad_token_id)
-    optimizer = _optimizer(model, cfg)
-    return TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
-
 # %% ../../nbs/training/04_loop.ipynb #c036
 def train(
     cfg: Config,  # the run
@@ -285,13 +147,13 @@ def train(
 
     Raises `InputError` for input that cannot be used; whatever was saved stays.
     """
-    _check(cfg)
-    run, accelerator = Run(cfg.run), _accelerator(cfg)
+    check(cfg)
+    run, accelerator = Run(cfg.run), accelerator_of(cfg)
     main = accelerator.is_main_process
     shown = progress and main
     with run.lock("training") if main else nullcontext():
         done = run.checkpoints()
-        cfg = _settle(cfg, done, model, shown)
+        cfg = settle(cfg, done, model, shown)
         task = task or load_task(cfg.task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
         data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown)
@@ -299,8 +161,8 @@ def train(
         base_hash = weights_hash(base)
         adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
         try:
-            state = _assemble(cfg, accelerator, adapted, tok, data, base_hash)
-            _begin(state, done[-1].folder if done else None)
+            state = assemble(cfg, accelerator, adapted, tok, data, base_hash)
+            begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
             adapted.unload()
