@@ -25,6 +25,7 @@ from ..data.tasks import Task
 from ..models.decoding import Sampling
 from ..models.engines import check_applied
 from .loop import train
+from .on_policy import answer_seed
 
 # %% ../../nbs/training/05_answers.ipynb #an06
 @dataclass(frozen=True)
