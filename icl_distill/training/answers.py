@@ -52,7 +52,7 @@ def drawing(
     teacher: Labeller,  # as `prompted` gives it
 ) -> Labeller:
     "The teacher whose answers are trained on: the greedy one, or one that draws."
-    temperature = cfg.answers.temperature
+    temperature = cfg.answers.drawn_at
     return Labeller("drawn", teacher.context, None, temperature) if temperature else teacher
 
 # %% ../../nbs/training/05_answers.ipynb #an10
