@@ -13,8 +13,10 @@ from icl_distill.app.bake import bake, bake_config, run_bake
 from icl_distill.core.config import load_config
 from icl_distill.core.hub import load_tokenizer
 from icl_distill.core.runs import Run
+from icl_distill.data.tasks import load_task
 from icl_distill.models.loading import load_adapter, load_model
 from icl_distill.testing import answering_folder, quiet_environment, raises, tiny_folder
+from icl_distill.training.labels import label
 
 SMALL = ["model.dtype=float32", "train.steps=2", "save_every=2", "batch_size=2", "warmup_steps=0"]
 SMALL += ["answers.labeller_steps=2", "answers.shot_repeats=1", "evaluate.max_new_tokens=6"]
@@ -211,6 +213,31 @@ def test_a_teacher_that_never_ends_its_answers(files, tmp_path):
     with raises("none of the teacher's 20 answers", "20 did not end"):
         start(endless)
     nothing_baked()
+
+
+def test_drawn_answers_are_the_same_whatever_came_between(files, model):
+    "One after the other, in other batches, and gone on with: the same answers, voted on alike."
+    paths = {"shots": Path("shots.jsonl"), "questions": Path("questions.txt")}
+    drawn = [*SMALL, "prompt.template=plain", "answers.source=teacher", "answers.temperature=1.2"]
+
+    def labels(out, *over):
+        cfg = bake_config(model, paths, Path(out), [*drawn, *over])
+        base, tok = load_model(cfg.model), load_tokenizer(model)
+        rows, _ = label(cfg, base, tok, load_task(cfg.task), False)
+        path = Run(out).answers_path("drawn")
+        said = map(json.loads, path.read_text().splitlines())
+        return rows, {line["id"]: line for line in said if "id" in line}
+
+    rows, said = labels("one", "answers.n=3")
+    assert len(said) == 60 and len(rows) == 20 and len({x["text"] for x in said.values()}) > 1
+    assert {row.votes for row in rows} <= {0, 1, 2, 3}
+    once, first = labels("two", "task.n_questions=7")
+    assert first == {id: line for id, line in said.items() if id in first} and len(first) == 7
+    again, more = labels("two", "answers.n=3", "evaluate.batch_size=5")
+    assert again == rows and more == said
+    assert labels("two", "answers.n=3", "answers.vote=false")[0][1].id == "question-0#1"
+    with raises("drawn.jsonl", "seed", "something else"):
+        labels("two", "seed=1")
 
 
 def test_gold_answers_are_no_bake(files, model):

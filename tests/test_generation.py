@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from icl_distill.core.config import Config, EvaluateConfig
-from icl_distill.models.decoding import left_pad
+from icl_distill.models.decoding import Sampling, left_pad
 from icl_distill.models.engines import check_applied, choose_engine, open_engine
 from icl_distill.models.generation import (
     TransformersEngine,
@@ -380,3 +380,26 @@ def test_rank(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(dict(r=rank)))
     assert lora_rank({"a": tmp_path / "a"}) == 8
     assert lora_rank({"a": tmp_path / "a", "b": tmp_path / "b"}) == 32
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_what_is_drawn_depends_on_its_seed_alone(kind):
+    "Not on its batch, its order, the way the prefix is read, or when its neighbours end."
+    model, prompts = model_of(kind), prompts_of(n=9)
+
+    def drawn(at, stop_ids, size, share=True):
+        engine = TransformersEngine(model, Words(), stop_ids, size)
+        some, sampling = [prompts[i] for i in at], Sampling(1.0, [100 + i for i in at])
+        out = dict(engine.generate(some, None, 20, share, sampling))
+        return {i: out[place].ids for place, i in enumerate(at)}
+
+    free = drawn(range(9), [], 9)
+    stop = [free[0][3], free[1][8]]
+    want = drawn(range(9), stop, 1)
+    assert len({len(ids) for ids in want.values()}) > 1
+    assert drawn([7, 3, 5, 0], stop, 3) == {i: want[i] for i in (7, 3, 5, 0)}
+    assert drawn(range(9), stop, 4, share=False) == want
+    said = TransformersEngine(model, Words(), []).generate(
+        [prompts[0]] * 6, None, 8, sampling=Sampling(1.0, range(6))
+    )
+    assert len({tuple(answer.ids) for _, answer in said}) == 6

@@ -36,6 +36,8 @@ def test_an_interruption_within_a_block_changes_nothing(tmp_path, drawn):
     go(tmp_path / "cut", *over, "steps=4", base=talkative())  # the second block: steps 3, 4, 5
     cut = go(tmp_path / "cut", *over, base=talkative())
     assert equal(whole, cut) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    with raises("another config", "evaluate.max_new_tokens"):
+        go(tmp_path / "cut", *over, "evaluate.max_new_tokens=5", base=talkative())
     assert steps_of(tmp_path / "cut") == [1, 2, 3, 4, 5, 6]
 
 
@@ -103,10 +105,17 @@ def test_metrics_say_when_answers_do_not_end(tmp_path):
         assert row["n_answer_tokens"] == pytest.approx(6 * row["answer_tokens"])
 
 
+REFUSED = ["loss.ce=1", "loss={weight: 0, ce: 1}", "teacher.cache=ram", "loss.tail=false"]
+REFUSED += ["loss.kind=centred_mse", "train.compile=true", "answers.n=2"]
+
+
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
-    for change in ("loss.ce=1", "loss={weight: 0, ce: 1}", "teacher.cache=ram"):
-        with raises("answers.source is 'student'"):
+    for change in REFUSED:
+        with raises("answers.source", "'student'"):
             config(tmp_path, *OWN, change)
+    assert config(tmp_path, *OWN, "answers.temperature=null").answers.drawn_at == 1
+    with raises("evaluate.max_new_tokens", "prompt.max_student_tokens=512"):
+        go(tmp_path / "run", *OWN, "evaluate.max_new_tokens=500", base=talkative())
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with raises("in one process"):

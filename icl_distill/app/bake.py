@@ -141,7 +141,8 @@ def forecast(work: Work) -> float:  # seconds
         steps += cfg.answers.labeller_steps * (2 if task.dev else 1)
     items = sum(map(len, (task.train, task.dev, *task.tests.values())))
     # bare questions are short: all three bare conditions together cost about one prompted one
-    return each * 2 * (len(task.questions) + items) + step * steps
+    answers = (1 + cfg.answers.n) * len(task.questions) + 2 * items
+    return each * answers + step * steps
 
 # %% ../../nbs/app/12_bake.ipynb #bk11
 HELD_OUT = 50  # questions at most

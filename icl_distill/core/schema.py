@@ -138,7 +138,13 @@ class AnswersConfig(Section):
         "gold; the prompted teacher's; those of it with which a second labeller agrees; "
         "or the student's own",
     )
-    temperature: AtLeast0 = setting(0.0, "student: of its answers; 0 is greedy")
+    n: PositiveInt = setting(1, "teacher, agreed: the teacher's answers to each question")
+    temperature: AtLeast0 | None = setting(
+        None, "at which answers are drawn; 0 is greedy; default: 0, and 1 for student"
+    )
+    vote: Switch = setting(
+        True, "n > 1: one answer a question, of the most frequent value; false: all are trained on"
+    )
     refresh: PositiveInt = setting(1, "student: steps before it answers anew")
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
@@ -148,6 +154,24 @@ class AnswersConfig(Section):
         True, "agreed: below min_agreement, train on all of the teacher's answers; false: stop"
     )
     shot_repeats: Count = setting(4, "how often each shot stands among the answered questions")
+
+    @property
+    def drawn_at(self) -> float:
+        "The temperature, its default filled in."
+        if self.temperature is None:
+            return 1.0 if self.source == "student" else 0.0
+        return self.temperature
+
+    @model_validator(mode="after")
+    def _several_differ(self):
+        if self.n > 1 and not self.drawn_at:
+            raise disagree(
+                f"answers.n={self.n} answers would all be the same at answers.temperature=0: "
+                "raise the temperature (such as 0.7), or leave answers.n at 1"
+            )
+        if self.n > 1 and self.source == "student":
+            raise disagree("answers.source 'student' answers each question once: set answers.n=1")
+        return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc021
 class TrainConfig(Section):
@@ -260,6 +284,16 @@ class Config(Section):
             raise disagree(
                 "answers.source is 'student', whose answers are new each time: "
                 "teacher.cache must be off"
+            )
+        if self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse"):
+            raise disagree(
+                "answers.source is 'student', which could leave the teacher's top K unpunished: "
+                "set loss.tail=true, and another loss.kind than centred_mse"
+            )
+        if self.train.compile:
+            raise disagree(
+                "answers.source is 'student', whose answers grow by a token at a time, each of "
+                "which would be compiled anew: train.compile must be false"
             )
         return self
 

@@ -41,28 +41,28 @@ class Sampling:
     temperature: float  # of the softmax, above 0
     seeds: Sequence[int]  # one for each prompt
 
-    def draws(
+    def streams(
         self,
         at: list[int],  # which prompts
-        n: int,  # numbers for each
-    ) -> torch.Tensor:  # (len(at),n) float64, uniform in [0,1)
-        "The beginnings of their streams."
-        streams = [torch.Generator().manual_seed(self.seeds[i]) for i in at]
-        rows = [torch.rand(n, generator=stream, dtype=torch.float64) for stream in streams]
-        return torch.stack(rows)
+        device: torch.device | str = "cpu",  # of the logits
+    ) -> list[torch.Generator]:
+        "Theirs, at the beginning."
+        return [torch.Generator(device).manual_seed(self.seeds[i]) for i in at]
 
 # %% ../../nbs/models/04_decoding.ipynb #de012
+@torch.inference_mode()
 def pick(
     logits: torch.Tensor,  # (B,V)
-    draws: torch.Tensor | None = None,  # (B,) uniform in [0,1); None: no chance, the most probable
+    streams: list[torch.Generator] | None = None,  # B of them; None: no chance, the most probable
     temperature: float = 1.0,  # where tokens are drawn
 ) -> torch.Tensor:  # (B,) int64
     "The next token of each row."
-    if draws is None:
+    if streams is None:
         return logits.argmax(-1)
-    below = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(below, draws.to(below)[:, None] * below[:, -1:], right=True)
-    return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)
+    race = torch.empty_like(logits, dtype=torch.float32)
+    for row, stream in zip(race, streams, strict=True):
+        row.exponential_(generator=stream)
+    return (logits.float() / temperature - race.log_()).argmax(-1)
 
 # %% ../../nbs/models/04_decoding.ipynb #c039
 @torch.inference_mode()

@@ -150,7 +150,7 @@ class TransformersEngine:
             for start in range(0, len(order), self.batch_size):
                 at = order[start : start + self.batch_size]
                 rows = [prompts[i][len(prefix) :] for i in at]
-                choose = _chooser(sampling, at, max_new_tokens)
+                choose = _chooser(sampling, at, self.model.device)
                 for row, ids in self._decode(rows, kv, in_place, choose, max_new_tokens):
                     yield at[row], completion(self.tok, ids, self.stop_ids)
 
@@ -192,7 +192,7 @@ class TransformersEngine:
         rows: list[list[int]],  # what stands behind the prefix
         prefix: KeysValues | None,  # as it was read
         in_place: bool,  # does it stay where it is, or is it repeated for each row?
-        choose: Callable,  # (logits (B,V), the rows they are of, the token's number) -> ids (B,)
+        choose: Callable,  # (logits (B,V), the rows they are of) -> ids (B,)
         max_new_tokens: int,
     ) -> Iterator[tuple[int, list[int]]]:
         ids, real = (x.to(self.model.device) for x in left_pad(rows))
@@ -201,29 +201,19 @@ class TransformersEngine:
         nothing: list[Any] = [None] * len(cache.layers)
         layers = (prefix or nothing) if in_place else None
 
-        n_read = ids.shape[1]
-
         def step(ids, real, cache, live):
             logits = next_logits(self.model, ids, real, cache, n_prefix, layers)
-            return choose(logits, live, real.shape[1] - n_read)
+            return choose(logits, live)
 
         return decode_batch(step, ids, real, cache, self.stop_ids, max_new_tokens)
 
 # %% ../../nbs/models/04_generation.ipynb #c049b
-def _chooser(sampling: Sampling | None, at: list[int], max_new_tokens: int) -> Callable:
-    "How the tokens of these prompts are chosen: (logits (B,V), rows, the token's number) -> (B,)."
+def _chooser(sampling: Sampling | None, at: list[int], device) -> Callable:
+    "How the next tokens of these prompts are chosen: (logits (B,V), rows) -> (B,)."
     if sampling is None:
-        return _most_probable
-    draws = sampling.draws(at, max_new_tokens)
-
-    def drawn(logits, live, number):
-        return pick(logits, draws[live, number], sampling.temperature)
-
-    return drawn
-
-
-def _most_probable(logits, live, number):
-    return pick(logits)
+        return lambda logits, live: pick(logits)
+    streams = sampling.streams(at, device)
+    return lambda logits, live: pick(logits, [streams[i] for i in live], sampling.temperature)
 
 
 def _check_whole(model):

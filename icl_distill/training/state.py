@@ -205,8 +205,9 @@ def other_run(
 ) -> list[str]:  # such as 'train.lr: 0.0005 -> 0.001'; none: it may go on
     "The differences that make it another run."
     free = _FREE + (("train.steps",) if config.train.schedule == "constant" else ())
+    bound = ("evaluate.max_new_tokens",) if config.answers.source == "student" else ()
     differences = diff_configs(config_dict(made_with), config_dict(config))
-    return [difference for difference in differences if not difference.startswith(free)]
+    return [line for line in differences if line.startswith(bound) or not line.startswith(free)]
 
 # %% ../../nbs/training/02_state.ipynb #s022
 def _check_same_run(checkpoint: Checkpoint, state: TrainState):
