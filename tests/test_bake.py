@@ -93,13 +93,16 @@ def test_all_of_it_in_two_model_families(files, family):
     assert not torch.equal(student(input_ids=ids).logits, before)
 
 
-def test_the_same_command_again_makes_nothing_anew(files, model):
+def test_the_same_command_again_makes_nothing_anew(files, model, monkeypatch):
     start(model)
     kept = [Run("out").path / name for name in ("answers", "labeller", "checkpoints")]
     kept.append(Run("out").evaluation().records_folder)
     was, card = snapshot(*kept), Path("out/adapter/README.md").read_bytes()
+    monkeypatch.setattr("icl_distill.app.preflight.look", None)  # it was measured
+    flight = Path("out/preflight.json").read_bytes()
     start(model)
     assert snapshot(*kept) == was and Path("out/adapter/README.md").read_bytes() == card
+    assert Path("out/preflight.json").read_bytes() == flight
 
 
 def test_more_steps_go_on_and_never_mix_with_what_was_measured(files, model):

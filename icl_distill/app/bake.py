@@ -17,7 +17,7 @@ from typing import Any
 
 from .card import PROMPT_ANSWERS, Baked, write_adapter
 from .export import export_model
-from .preflight import Preflight, look, preflight_text, step_seconds
+from .preflight import Preflight, look_once, preflight_text, step_seconds
 from .report import write_report
 from ..core.config import Config, load_config, quoted, replace
 from ..core.devices import machine_of, say_machine, settled
@@ -250,7 +250,7 @@ def _before(work: Work) -> Preflight:
     if work.progress and not Run(work.cfg.run).checkpoints():
         seconds = forecast(work)
         work.say(f"All of it takes about {span(seconds)} here. {too_long(seconds / 60)}")
-    flight = look(work.cfg, work.engine, work.prompter, work.task)
+    flight = look_once(work.cfg, work.engine, work.prompter, work.task)
     for sentence in preflight_text(flight, work.cfg.answers.min_agreement):
         work.say(sentence)
     return flight

@@ -7,6 +7,7 @@ __all__ = ['Labeller', 'prompted', 'drawing', 'labeller_config', 'second_labelle
 
 # %% ../../nbs/training/05_answers.ipynb #an04
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def ask(
     progress: bool = True,  # a bar
 ) -> list[AnswerLine]:  # in the order of the questions
     "The labeller's answers, made where they are missing. Raises `InputError` for bad ones."
-    prompts = [asking.prompter.prompt_ids(labeller.context, q.question) for q in questions]
+    render = cache(asking.prompter.prompt_ids)  # a question may be asked several times
+    prompts = [render(labeller.context, q.question) for q in questions]
     file = asking.file(labeller)
     _check_asked(file, questions, prompts)
     pairs = zip(questions, prompts, strict=True)

@@ -24,7 +24,7 @@ from ..data.examples import Example, Question, ScoringRule
 from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 from ..models.engines import choose_engine, open_engine
-from ..models.generation import TransformersEngine, check_prompts
+from ..models.generation import TransformersEngine
 from ..models.loading import load_model, weights_hash
 from icl_distill.training.answers import (
     Asking,
@@ -179,22 +179,20 @@ def answered_task(
     return dataclasses.replace(task, train=answers + repeated, shots=task.train)
 
 # %% ../../nbs/training/06_labels.ipynb #an29
-def _engine(cfg: Config, prompter: Prompter, model, labellers: list[Labeller], longest: int):
+def _engine(
+    cfg: Config, prompter: Prompter, model, labellers: list[Labeller], questions: list[Question]
+):
     "The engine that answers, with the adapters of the labellers."
     folders = {one.name: str(one.checkpoint) for one in labellers if one.checkpoint}
     if choose_engine(cfg.evaluate.engine, cfg.device)[0] == "vllm":
-        return open_engine(cfg, prompter.tok, prompter.stop_ids, folders, longest)
+        context = labellers[0].context  # the teacher's prompts are the longest
+        longest = max(len(prompter.prompt_ids(context, q.question)) for q in questions)
+        room = longest + cfg.evaluate.max_new_tokens
+        return open_engine(cfg, prompter.tok, prompter.stop_ids, folders, room)
     engine = TransformersEngine(model, prompter.tok, prompter.stop_ids, cfg.evaluate.batch_size)
     if folders:
         engine.attach(folders, weights_hash(model))
     return engine
-
-
-def _longest(cfg: Config, prompter: Prompter, teacher: Labeller, questions: list[Question]) -> int:
-    "Tokens of the longest prompt and its answer."
-    prompts = [prompter.prompt_ids(teacher.context, q.question) for q in questions]
-    check_prompts(prompts, cfg.evaluate.max_new_tokens)
-    return max(map(len, prompts)) + cfg.evaluate.max_new_tokens
 
 # %% ../../nbs/training/06_labels.ipynb #an29b
 def check_answers(
@@ -227,13 +225,12 @@ def label(
     "Answer the questions, those that are not answered yet, and judge. Raises `InputError`."
     check_answers(cfg, task)
     prompter, teacher = Prompter(tok, cfg.prompt), drawing(cfg, prompted(cfg, task))
-    longest = _longest(cfg, prompter, teacher, task.questions)
     labellers = [teacher]
     if cfg.answers.source == "agreed":
         labellers.append(second_labeller(cfg, model, tok, task, progress))
     run = Run(cfg.run)
     with run.lock("answering"):
-        engine = _engine(cfg, prompter, model, labellers, longest)
+        engine = _engine(cfg, prompter, model, labellers, task.questions)
         try:
             asking = Asking(cfg, prompter, engine)
             times = several(task.questions, cfg.answers.n)
