@@ -18,7 +18,7 @@ from ..core.checkpoints import Checkpoint, remove_unfinished
 from ..core.config import Config, to_yaml
 from ..core.devices import check_training, environment, machine_of, say_machine, settled
 from ..core.files import InputError
-from ..core.hub import load_tokenizer
+from ..core.hub import load_model_config, load_tokenizer
 from ..core.metrics import cut_metrics
 from ..core.pace import Pace, say_estimate
 from ..core.runs import Run
@@ -32,6 +32,7 @@ from icl_distill.models.loading import (
     body_of,
     frozen_head,
     load_model,
+    positions_of,
     trained_head,
     weights_hash,
 )
@@ -294,7 +295,9 @@ def train(
         cfg = _settle(cfg, done, model, shown)
         task = task or load_task(cfg.task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
-        data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown)
+        about_model = load_model_config(cfg.model) if model is None else base_of(model).config
+        positions = positions_of(about_model)
+        data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown, positions)
         base = load_model(cfg.model) if model is None else model
         base_hash = weights_hash(base)
         adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
