@@ -17,6 +17,7 @@ from ..core.config import Config, TrainConfig
 from ..core.files import InputError
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
 from ..data.contexts import Context, Contexts
+from ..data.encoding import by_pieces
 from ..data.prompts import Prompter
 from ..data.tasks import Task
 
@@ -149,8 +150,9 @@ def prepare(
     read = contexts if cfg.loss.weight > 0 else None  # by the teacher
     reserved = contexts.reserved if contexts else frozenset()
     usable = [e for e in task.train if e.id not in reserved]
+    faster = by_pieces(prompter)
     bar = tqdm(usable, desc="encoding examples", disable=not progress, leave=False)
-    aligned = [align(prompter, read(e) if read else Context(), e, limits=()) for e in bar]
+    aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
     limits = limits_of(cfg.prompt, positions)
     too_long = complaints(aligned, limits)
     if too_long and cfg.prompt.too_long == "error":
