@@ -21,7 +21,7 @@ core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts prompts alignment encoding
 objectives: targets losses chunked_loss
 models: loading shared_prefix teacher generation vllm_engine engines
-training: batches state step loop answers labels
+training: batches fill state step loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures

@@ -549,6 +549,14 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
         prepare(wide, TOY, prompter, positions=most - 1)
 
 
+def test_targets_in_ram_are_one_processes(tmp_path, monkeypatch):
+    "With several processes, each would compute what another has."
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(InputError, match="teacher.cache is ram.* use disk"):
+        go(tmp_path / "run", "teacher.cache=ram")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- real processes
 
 

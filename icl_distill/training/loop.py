@@ -36,9 +36,10 @@ from icl_distill.models.loading import (
     trained_head,
     weights_hash,
 )
-from ..models.teacher import CachedTargets, Teacher, TeacherOptions
+from ..models.teacher import Teacher, TeacherOptions
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import Data, first_batches, micro_batches, prepare
+from .fill import targets_cache
 from .state import Learner, TrainState, load_checkpoint, save_checkpoint
 from icl_distill.training.step import (
     Stop,
@@ -161,6 +162,11 @@ def _accelerator(cfg: Config):
             f"the device is {device}, but this process has used accelerate with {there} before: "
             "start a new one"
         )
+    if accelerator.num_processes > 1 and cfg.teacher.cache == "ram" and cfg.loss.weight:
+        raise InputError(
+            "teacher.cache is ram, but each process would compute what another one has: with more "
+            "than one process use disk"
+        )
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise InputError(
             f"launched as {world} processes that do not find each other: "
@@ -196,16 +202,10 @@ def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
     cfg, data = state.config, state.data
     if not cfg.loss.weight:
         return None
-    cached = None
-    if cfg.teacher.cache != "off":
-        known = (state.base_hash, cfg.model.dtype, cfg.train.mixed_precision, cfg.teacher.top_k)
-        mark = " ".join(map(str, (*known, cfg.loss.temperature)))
-        folder = Path(cfg.teacher.cache_folder or state.run.targets_path)
-        cached = CachedTargets(mark, folder if cfg.teacher.cache == "disk" else None)
     world = state.learner.accelerator.num_processes
     options = TeacherOptions(
         temperature=cfg.loss.temperature,
-        cache=cached,
+        cache=targets_cache(cfg, state.base_hash),
         prefix_bytes=cfg.teacher.prefix_gib * 2**30,
         first_batch=first_batches(data, cfg.train, cfg.seed, world),
     )
