@@ -130,6 +130,7 @@ def said(err, words, nothing=None):
         "align",
         "doctor",
         "estimate",
+        "targets",
         "export",
     ],
 )

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -196,10 +197,10 @@ def test_memory_of_shared_contexts():
 @pytest.mark.parametrize(
     "over,mode",
     [
-        ([], "whole"),
-        (["context.kind=fixed"], "cached"),
-        (["context.kind=pool"], "cached"),
-        (["teacher.cache=ram"], "remembered"),
+        (["teacher.cache=off"], "whole"),
+        (["teacher.cache=off", "context.kind=fixed"], "cached"),
+        (["teacher.cache=off", "context.kind=pool"], "cached"),
+        ([], "remembered"),
         (["loss.weight=0", "teacher.cache=ram"], "sft"),
     ],
 )
@@ -218,6 +219,24 @@ def test_estimate_scales():
     assert four["flops"]["total"] == 4 * one["flops"]["total"] and four["examples_per_step"] == 64
     assert math.isclose(h100_seconds(four), h100_seconds(one))
     assert math.isclose(h100_seconds(half), 2 * h100_seconds(one))
+
+
+def test_cached_targets_are_paid_for_once():
+    "The mean over all of a run's steps is that of its epochs: the first reads, the others do not."
+    found = replace(some, total=64)
+
+    def cost(steps, cache):
+        over = [f"train.steps={steps}", f"teacher.cache={cache}", "context.kind=per_example"]
+        e = estimate(load_config("online_v1", over), 2, ["H100"], lengths=found)
+        return e["flops"], e["ratio_to_sft"], e["accelerators"]["H100"]["minutes"]
+
+    (whole, ratio, minutes), (once, mean_ratio, mean_minutes) = cost(8, "off"), cost(8, "disk")
+    assert once["teacher"] == whole["teacher"] / 4
+    student = whole["total"] - whole["teacher"]
+    assert math.isclose(once["total"], student + whole["teacher"] / 4)
+    assert math.isclose(mean_ratio - 1, (ratio - 1) / 4)
+    assert mean_minutes < minutes
+    assert cost(2, "disk")[0] == cost(2, "off")[0] == cost(1, "disk")[0]
 
 
 def test_what_does_not_fit():

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from helpers_training import (
     EXAMPLES,
     PAD,
+    TOY,
     config,
     equal,
     go,
@@ -19,16 +20,19 @@ from helpers_training import (
     lines,
     toy_batch,
 )
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from icl_distill.core.files import InputError
 from icl_distill.data.alignment import pack
 from icl_distill.models.loading import body_of, frozen_head
 from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
 from icl_distill.objectives.losses import SUMS
 from icl_distill.objectives.targets import Head
-from icl_distill.testing import noisy_adapter, tiny_model
+from icl_distill.testing import noisy_adapter, real_tokenizer, tiny_model
 from icl_distill.training.batches import Data, first_batches, micro_batches, step_indices
+from icl_distill.training.fill import Filling, fill_targets
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
 
@@ -193,6 +197,67 @@ def test_remembered_targets_resume_bit_for_bit(memory, tmp_path):
     assert equal(whole, resumed)
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
     assert len(EXAMPLES) - 3 < 12 * 6  # more than an epoch
+
+
+def files(folder):
+    "The targets in a folder, bit for bit, by name."
+    return {
+        path.name: {name: x.numpy().tobytes() for name, x in load_file(path).items()}
+        for path in folder.glob("*/*.safetensors")
+    }
+
+
+def test_filled_targets_are_a_runs_own(tmp_path):
+    """To the bit in a run's own micro-batches, stopped in between or not; else but for rounding.
+
+    Runs of other seeds, weights, objectives and adapters compute nothing again."""
+
+    def fill(name, *over, **how):
+        folder = tmp_path / name
+        over = ["teacher.cache=disk", f"teacher.cache_folder={folder}", *over]
+        cfg = config(tmp_path / "run", "context.kind=per_example", *over)
+        how = Filling(progress=False, **how)
+        filled = fill_targets(cfg, how, tiny_model(), real_tokenizer(), TOY)
+        assert filled.folder == folder
+        return filled
+
+    own = ["context.kind=per_example", "teacher.cache=disk"]
+    alone = go(tmp_path / "alone", *own)
+    shared = f"teacher.cache_folder={tmp_path / 'shared'}"
+    assert fill("shared").computed == len(EXAMPLES)
+    filled = files(tmp_path / "shared")
+    assert filled == files(tmp_path / "alone" / "targets") and len(filled) == len(EXAMPLES)
+    assert equal(alone, go(tmp_path / "after", *own, shared))
+    others = ["seed=3", "loss.kind=centred_mse", "loss.weight=2", "lora.r=2"]
+    for run, over in (("after", []), ("other", others)):
+        if over:
+            go(tmp_path / run, *own, shared, *over)
+        assert json.loads((tmp_path / run / "teacher.json").read_text())["computed"] == 0
+    for path in list((tmp_path / "shared").glob("*/*.safetensors"))[::2]:
+        path.unlink()
+    assert fill("shared").computed == len(EXAMPLES) // 2
+    assert files(tmp_path / "shared") == filled
+    assert fill("long", tokens=2000).computed == len(EXAMPLES)
+    for path in (tmp_path / "shared").glob("*/*.safetensors"):
+        one, two = load_file(path), load_file(tmp_path / "long" / path.parent.name / path.name)
+        for name in ("values", "logz"):
+            assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+        assert (one["ids"] == two["ids"]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    "over,words",
+    [
+        ("teacher.cache=ram", "teacher.cache is ram"),
+        ("loss.weight=0", "without a teacher"),
+        ("answers.source=teacher", "answers.source is teacher"),
+    ],
+)
+def test_targets_that_cannot_be_filled(over, words, tmp_path):
+    cfg = config(tmp_path, "teacher.cache=disk", "task.n_questions=9", *over.split())
+    with pytest.raises(InputError, match=words):
+        fill_targets(cfg)
+    assert not list(tmp_path.iterdir())
 
 
 def compiled_equals_plain(kind, backend):

@@ -18,10 +18,10 @@ package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
-data: examples formats word_problems small_tasks tasks contexts prompts alignment
+data: examples formats word_problems small_tasks tasks contexts prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
-training: batches state step on_policy setup loop answers labels
+training: batches fill state step on_policy setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures

@@ -523,6 +523,40 @@ def test_prepare(tmp_path):
     assert {a.id for a in short.aligned} == {a.id for a in data.aligned} - long
 
 
+def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+    "Every limit, how many, the longest by name, what would do; nothing has run."
+    cfg = config(tmp_path, "context.kind=per_example", "prompt.max_student_tokens=60")
+    wide = config(tmp_path, "context.kind=per_example", "prompt.max_student_tokens=9999")
+    prompter = Prompter(real_tokenizer(), cfg.prompt)
+    every = prepare(wide, TOY, prompter).aligned
+    longest = max(every, key=lambda a: len(a.student_ids))
+    beyond = sum(len(a.student_ids) > 60 for a in every)
+    n = sorted(len(a.teacher_ids) for a in every)[len(every) // 2]
+    with pytest.raises(InputError) as found:
+        train(cfg, tiny_model(max_position_embeddings=n), real_tokenizer(), TOY, progress=False)
+    said = str(found.value)
+    assert f"is 60, and the student's sequence is longer for {beyond}: " in said
+    assert f"{longest.id!r} has {len(longest.student_ids)} tokens" in said
+    assert f"({len(longest.student_ids)} would do)" in said
+    n_teacher = sum(len(a.teacher_ids) > n for a in every)
+    assert 0 < n_teacher < len(every)
+    assert f"positions is {n}, and the teacher's sequence is longer for {n_teacher}: " in said
+    assert "max_teacher_tokens" not in said
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+    most = max(len(a.teacher_ids) for a in every)
+    assert len(prepare(wide, TOY, prompter, positions=most).aligned) == len(every)
+    with pytest.raises(InputError, match="longer for 1: .*fewer or shorter shots would do"):
+        prepare(wide, TOY, prompter, positions=most - 1)
+
+
+def test_targets_in_ram_are_one_processes(tmp_path, monkeypatch):
+    "With several processes, each would compute what another has."
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(InputError, match="teacher.cache is ram.* use disk"):
+        go(tmp_path / "run", "teacher.cache=ram")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- real processes
 
 

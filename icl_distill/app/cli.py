@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_command', 'evaluate_command', 'report_command', 'figures_command', 'config_command', 'methods_command',
-           'align_command', 'doctor_command', 'estimate_command', 'export_command', 'main']
+           'align_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command', 'main']
 
 # %% ../../nbs/app/17_cli.ipynb #h0141
 from pathlib import Path
@@ -185,6 +185,31 @@ def estimate_command(
 
     cfg = load_config(config, overrides or [], "train")
     show_estimate(plan(cfg, processes, accelerator, SHARE if share is None else share))
+
+# %% ../../nbs/app/17_cli.ipynb #c014t
+@command("icl-distill targets online_v1 teacher.cache_folder=runs/targets")
+def targets_command(
+    config: Conf,
+    overrides: Over = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="batches by teacher length, of up to so many tokens: faster, equal but for "
+            "rounding; default: the run's own micro-batches, equal to the bit",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="of the run, whose micro-batches depend on it")
+    ] = 1,
+):
+    "Compute and keep the teacher's targets for the runs that share teacher.cache_folder."
+    from icl_distill.core.config import load_config
+    from icl_distill.training.fill import Filling, fill_targets
+
+    cfg = load_config(config, overrides or [], "train")
+    filled = fill_targets(cfg, Filling(tokens, processes))
+    print(f"{filled.folder}: targets of {filled.examples} examples, {filled.computed} computed now")
 
 # %% ../../nbs/app/17_cli.ipynb #c016x
 @command("icl-distill export runs/quickstart/distill/checkpoints/step_000040 my-model")

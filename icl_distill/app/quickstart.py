@@ -47,7 +47,7 @@ def set_up(
     from icl_distill.data.tasks import load_task
     from icl_distill.evaluation.conditions import base_condition, item_sets, make_prompts
     from icl_distill.models.generation import TransformersEngine
-    from icl_distill.models.loading import load_model
+    from icl_distill.models.loading import load_model, positions_of
     from icl_distill.training.batches import prepare
 
     cfg = settled(cfg)
@@ -57,8 +57,8 @@ def set_up(
     if not cfg.has_teacher:
         raise InputError("loss.weight is 0: there would be nothing to compare with SFT")
     conditions = [base_condition(name, cfg, task.train) for name in ("zero_shot", "few_shot")]
-    prepare(cfg, task, prompter)
-    limit = model.config.get_text_config().max_position_embeddings
+    limit = positions_of(model.config)
+    prepare(cfg, task, prompter, positions=limit)
     for condition in conditions:
         for items in item_sets(cfg, task).values():
             make_prompts(cfg, prompter, condition, items, limit)

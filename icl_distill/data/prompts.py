@@ -219,7 +219,7 @@ class Encoder:
         for piece in rendered.pieces:
             if piece:
                 ids += self.tok(piece, add_special_tokens=False).input_ids
-        self._check_lossless(ids, rendered.plain)
+        self.check_lossless(ids, rendered.plain)
         return self.bos + ids
 
     def decode(self, ids: list[int]) -> str:
@@ -227,7 +227,8 @@ class Encoder:
         kept = [i for i in ids if i not in self.control.ids]
         return self.tok.decode(kept, skip_special_tokens=False)
 
-    def _check_lossless(self, ids: list[int], text: str):
+    def check_lossless(self, ids: list[int], text: str):
+        "Raises `InputError` where ids do not stand for all of a text."
         backend = self.tok.backend_tokenizer
         if type(backend.decoder).__name__ != "ByteLevel":
             return

@@ -21,7 +21,7 @@ from icl_distill.core.config import (
 )
 from ..core.devices import environment, machine_of, say_machine, settled
 from ..core.files import InputError, write_text
-from ..core.hub import load_tokenizer, model_path
+from ..core.hub import load_model_config, load_tokenizer
 from ..core.pace import say
 from ..core.results import ConditionResult, Engine, Results, write_results
 from ..core.runs import Evaluation, Run
@@ -34,7 +34,7 @@ from .shards import Shard, answering, merging, unfinished
 from .tables import as_csv, markdown
 from ..models.engines import choose_engine
 from ..models.generation import TransformersEngine, kv_bytes
-from ..models.loading import kept_dtype
+from ..models.loading import kept_dtype, positions_of
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #e001
 def config_for_evaluation(
@@ -108,16 +108,9 @@ def model_config(
     engine: Any = None,  # one that is given has a model already
 ):  # transformers' config of the model
     "Of the model, without loading its weights."
-    from transformers import AutoConfig
-
     if isinstance(engine, TransformersEngine):
         return engine.config
-    model = cfg.model
-    return AutoConfig.from_pretrained(
-        model_path(model.name),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    return load_model_config(cfg.model)
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #c044b
 def condition_result(
@@ -209,7 +202,7 @@ def evaluate(
     setup = set_up(cfg, conditions, engine, task, progress)
     about_model, place = model_config(setup.cfg, engine), setup.place
     kv = kv_bytes(about_model, setup.cfg.model.dtype)
-    limit = getattr(about_model.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(about_model)
     with answering(place.folder, setup.shard):
         jobs = plan(setup, limit)
         run_jobs(setup, jobs, engine, progress)

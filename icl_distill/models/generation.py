@@ -22,7 +22,7 @@ from icl_distill.models.decoding import (
     next_logits,
     pick,
 )
-from .loading import base_of, load_adapter
+from .loading import base_of, load_adapter, positions_of
 from icl_distill.models.shared_prefix import (
     ATTENTION,
     FAMILIES,
@@ -117,7 +117,7 @@ class TransformersEngine:
         self.config = base_of(model).config
         self.window = window_of(self.config)
         self.one_copy = attention == "auto" and self.config.model_type in FAMILIES
-        self.max_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = positions_of(self.config)
         self.wrapped = None  # the model without its adapters, where `attach` put them round it
         self.attached: list[str] = []
 

@@ -113,6 +113,11 @@ class CachedTargets:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
 
+    def holds(self, a: Aligned) -> bool:
+        "Are the example's targets cached?"
+        key = self.key(a)
+        return key in self.ram if self.folder is None else self.path(key).exists()
+
     def get(self, a: Aligned) -> Targets | None:  # on the CPU; None: not cached
         "Raises `InputError` where a file is damaged, or another example's."
         key = self.key(a)

@@ -13,14 +13,21 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..core.config import Config
-from ..core.hub import load_tokenizer
+from ..core.hub import load_model_config, load_tokenizer
 from ..core.pace import Pace, say_estimate
 from ..core.runs import Run
 from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
-from ..models.loading import add_lora, body_of, load_model, weights_hash
+from icl_distill.models.loading import (
+    add_lora,
+    base_of,
+    body_of,
+    load_model,
+    positions_of,
+    weights_hash,
+)
 from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import micro_batches, prepare
@@ -157,7 +164,9 @@ def train(
         cfg = settle(cfg, done, model, shown)
         task = task or load_task(cfg.task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
-        data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown)
+        about_model = load_model_config(cfg.model) if model is None else base_of(model).config
+        positions = positions_of(about_model)
+        data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown, positions)
         base = load_model(cfg.model) if model is None else model
         base_hash = weights_hash(base)
         adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)

@@ -20,8 +20,9 @@ from ..core.metrics import cut_metrics
 from ..core.runs import Run
 from ..models.loading import base_of, body_of, frozen_head, trained_head
 from ..models.taps import Taps
-from ..models.teacher import CachedTargets, Teacher, TeacherOptions
+from ..models.teacher import Teacher, TeacherOptions
 from .batches import Data, first_batches
+from .fill import targets_cache
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
@@ -49,6 +50,11 @@ def accelerator_of(cfg: Config):
         raise InputError(
             f"the device is {device}, but this process has used accelerate with {there} before: "
             "start a new one"
+        )
+    if accelerator.num_processes > 1 and cfg.teacher.cache == "ram" and cfg.loss.weight:
+        raise InputError(
+            "teacher.cache is ram, but each process would compute what another one has: with more "
+            "than one process use disk"
         )
     if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise InputError(
@@ -107,16 +113,10 @@ def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
     cfg, data = state.config, state.data
     if not cfg.has_teacher:
         return None
-    cached = None
-    if cfg.teacher.cache != "off":
-        known = (state.base_hash, cfg.model.dtype, cfg.train.mixed_precision, cfg.teacher.top_k)
-        mark = " ".join(map(str, (*known, cfg.loss.temperature)))
-        folder = Path(cfg.teacher.cache_folder or state.run.targets_path)
-        cached = CachedTargets(mark, folder if cfg.teacher.cache == "disk" else None)
     world = state.learner.accelerator.num_processes
     options = TeacherOptions(
         temperature=cfg.loss.temperature,
-        cache=cached,
+        cache=targets_cache(cfg, state.base_hash),
         prefix_bytes=cfg.teacher.prefix_gib * 2**30,
         first_batch=first_batches(data, cfg.train, cfg.seed, world),
     )
