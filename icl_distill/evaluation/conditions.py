@@ -133,14 +133,14 @@ def make_prompts(
     max_length: int | None = None,  # tokens that the model can read
 ) -> list[list[int]]:  # one prompt an item
     "Prompt ids. Raises `InputError` for one that does not fit, or that is among its own shots."
-    shots, new = {s.question.strip() for s in cond.context.shots}, cfg.evaluate.max_new_tokens
+    new = cfg.evaluate.max_new_tokens
     limits = [
         (cfg.prompt.max_teacher_tokens, "prompt.max_teacher_tokens"),
         (max_length, "what the model can read"),
     ]
     prompts = [prompter.prompt_ids(cond.context, item.question) for item in items]
     for item, prompt in zip(items, prompts, strict=True):
-        if item.question.strip() in shots:
+        if cond.context.asks(item.question):
             raise InputError(
                 f"item {item.id!r} is one of the shots of condition {cond.name!r}: it would be "
                 "shown its own answer"
