@@ -1,14 +1,28 @@
 "What people bring: their questions, templates, tokenizers, models, adapters and files."
 
+import copy
 import itertools
+import json
+import string
 
 import pytest
+import tokenizers
+from helpers_data import changed, tokenizer, write
+from tokenizers import decoders, models, normalizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icl_distill.core.config import ContextConfig
+from icl_distill.app.export import PROMPT_FILE, record_prompt
+from icl_distill.app.usage import prompt_code
+from icl_distill.core.config import ContextConfig, PromptConfig, TaskConfig, load_config
 from icl_distill.core.files import InputError
-from icl_distill.data.contexts import Contexts
+from icl_distill.core.hub import generation_ends, load_tokenizer
+from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example
-from icl_distill.data.tasks import split_dev
+from icl_distill.data.prompts import Prompter
+from icl_distill.data.tasks import load_task, split_dev
+from icl_distill.evaluation.conditions import Condition
+from icl_distill.evaluation.records import identity
+from icl_distill.testing import tiny_folder
 
 # --- the same question
 
@@ -45,3 +59,139 @@ def test_n_dev_counts_the_questions_that_occur_once():
     train = with_other_spaces(4)
     with pytest.raises(InputError, match="12 training examples .4 questions occur once"):
         split_dev(train, 5, 0)
+
+
+# --- gold answers
+
+
+@pytest.mark.parametrize("gold", ["#### 3/4", "#### 12%", "#### 1 000", "#### 4\n#### 5", "12 %"])
+def test_a_gold_answer_compared_by_a_part_is_named_with_its_line(gold, tmp_path, capsys):
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(8)]
+    rows[2]["answer"] = rows[6]["answer"] = gold
+    path = write(tmp_path, "train.jsonl", rows)
+    test = write(tmp_path, "test.jsonl", [{"question": "t", "answer": "#### 1,000"}])
+    cfg = TaskConfig(name="jsonl", path=path, test_path=test, n_dev=1)
+    load_task(cfg)
+    said = capsys.readouterr().err
+    assert "train.jsonl, line 3" in said and "lines 7" in said and "task.extract=exact" in said
+    assert "test.jsonl" not in said
+    load_task(changed(cfg, extract="exact"))
+    assert capsys.readouterr().err == ""
+
+
+# --- templates and tokenizers
+
+
+def chat(template, *, added=(), special=(), **over):
+    "A prompter of the real tokenizer with another template and more tokens."
+    tok = copy.deepcopy(tokenizer("chatml"))
+    tok.add_tokens(list(added))
+    tok.add_tokens(list(special), special_tokens=True)
+    tok.chat_template = template
+    return Prompter(tok, PromptConfig(**over))
+
+
+CLOCK = (
+    "{{ strftime_now('%d %B %Y') }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_reads_the_clock_reads_one_day():
+    dated = chat(CLOCK)
+    assert dated.render(Context(), "q").startswith("26 July 2024\n")
+    assert "strftime_now=datetime(2024, 7, 26).strftime" in prompt_code(dated)
+    assert "datetime" not in prompt_code(chat(CLOCK.replace("strftime_now('%d %B %Y')", "'x'")))
+
+
+def test_a_condition_depends_on_the_rendered_prompt():
+    cfg, item = load_config("quickstart"), Example("e", "q", "#### 1")
+    one, other = chat(CLOCK), chat(CLOCK)
+    other.renderer._template = chat(CLOCK.replace("%d", "day %d")).renderer._template
+    ids = [identity(cfg, p, Condition("zero_shot"), [item], "e") for p in (one, other)]
+    assert {key for key in ids[0] if ids[0][key] != ids[1][key]} == {"rendered"}
+
+
+def test_added_pieces_of_text_stay_tokens_and_control_tokens_of_the_template_do_not():
+    own = "{{ '<think>' }}" + tokenizer("chatml").chat_template
+    p = chat(own, added=["<td>", "<think>"])
+    td, think = p.tok.convert_tokens_to_ids(["<td>", "<think>"])
+    ids = p.prompt_ids(Context(), "<td>1</td> <think>")
+    assert ids.count(td) == 1 and ids.count(think) == 1  # the template's own
+    assert p.decode([td]) == "<td>"
+
+
+def test_an_answer_that_spells_a_control_token_is_said(capsys):
+    p = chat(tokenizer("chatml").chat_template)
+    for _ in range(2):
+        p.answer_ids(Context(), "q", "it is <|im_end|>, no more")
+    assert capsys.readouterr().err.count("<|im_end|>") == 1
+
+
+def sentencepiece():
+    "A tokenizer as SentencePiece's are converted: a space in front, characters, no bytes."
+    letters = sorted(set("▁\n<|>_/#.?:0123456789" + string.ascii_letters))
+    tokens = ["<unk>", "<s>", "</s>", *letters]
+    model = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>")
+    raw = tokenizers.Tokenizer(model)
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tok.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}\n{% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    return tok
+
+
+def test_a_sentencepiece_tokenizer_puts_no_space_into_a_literal():
+    p = Prompter(sentencepiece(), PromptConfig(question_format="{question}"))
+    ids = p.prompt_ids(Context(), "What is </s>?")
+    assert p.tok.decode(ids).replace(" ", "") == "<s>Whatis</s>?\n"
+    assert p.tok.eos_token_id not in ids and "</s>?" in p.tok.decode(ids)
+
+
+def test_a_character_without_a_token_is_refused_by_every_tokenizer():
+    p = Prompter(sentencepiece(), PromptConfig(question_format="{question}"))
+    with pytest.raises(InputError, match="cannot write 'é'"):
+        p.prompt_ids(Context(), "Caf\u00e9 or tea?")
+
+
+# --- which tokens end an answer
+
+
+def base_folder(folder):
+    "As Qwen2.5's base: all configs end at <|endoftext|>, the template ends turns at <|im_end|>."
+    tiny_folder(folder, eos_token_id=0, bos_token_id=0, pad_token_id=0)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["eos_token"] = config["pad_token"] = "<|endoftext|>"
+    path.write_text(json.dumps(config))
+    ends = dict(bos_token_id=0, eos_token_id=[0, 17], pad_token_id=0)
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    return folder
+
+
+def test_generation_stops_at_the_union_and_the_exported_folder_too(tmp_path):
+    folder = base_folder(tmp_path / "base")
+    tok = load_tokenizer(str(folder))
+    p = Prompter(tok, PromptConfig())
+    assert p.stop_ids == [2, 0, 17]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    record_prompt(model, p, folder)
+    again = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert again.eos_token_id == [2, 0, 17] and again.pad_token_id == 0
+    about = json.loads((folder / PROMPT_FILE).read_text())
+    assert about["prompt"]["question_format"] == "Question: {question}"
+    assert about["rendered"].endswith("assistant\n") and about["stop_ids"] == [2, 0, 17]
+
+
+def test_a_config_without_generation_config_names_the_ends(tmp_path):
+    folder = base_folder(tmp_path)
+    (folder / "generation_config.json").unlink()
+    assert generation_ends(str(folder)) == (0,)

@@ -24,7 +24,8 @@ from icl_distill.data.alignment import TooLong, align
 from icl_distill.core.config import Config, PromptConfig, _Dumper, load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.sections import choices_of, words_of
-from icl_distill.data.prompts import DATE, Prompter
+from icl_distill.data.prompts import Prompter
+from icl_distill.data.templates import DATE
 from icl_distill.data.contexts import Context
 from icl_distill.data.examples import Example
 from icl_distill.data.formats import read_jsonl

@@ -18,7 +18,7 @@ package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
-data: examples formats word_problems small_tasks tasks contexts prompts alignment
+data: examples formats word_problems small_tasks tasks contexts templates prompts alignment
 objectives: targets losses chunked_loss
 models: loading shared_prefix teacher generation vllm_engine engines
 training: batches state step loop answers labels

@@ -15,7 +15,8 @@ from ..core.checkpoints import step_folder
 from ..core.config import Config
 from ..core.hub import WHEELS
 from ..data.contexts import Context
-from ..data.prompts import DATE, Prompter
+from ..data.prompts import Prompter
+from ..data.templates import CLOCK, DATE, template_source
 
 # %% ../../nbs/app/09_usage.ipynb #us06
 def hub_id(
@@ -58,9 +59,13 @@ def prompt_code(prompter: Prompter) -> str:
         "        add_generation_prompt=True,",
         f"        enable_thinking={cfg.enable_thinking},",
         f"        date_string={_literal(DATE)},",
-        "    )",
     ]
-    return "\n".join(["def prompt(question):", *lines])
+    top = []
+    if "strftime_now" in template_source(prompter.tok, cfg):
+        top = ["from datetime import datetime", "", ""]
+        day = CLOCK.strftime("%Y, %-m, %-d")
+        lines.append(f"        strftime_now=datetime({day}).strftime,")
+    return "\n".join([*top, "def prompt(question):", *lines, "    )"])
 
 # %% ../../nbs/app/09_usage.ipynb #us13
 @dataclass(frozen=True)

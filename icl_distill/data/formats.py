@@ -107,7 +107,7 @@ def _examples(path: Path, rows: Iterator[_Row], prefix: str, fields: tuple) -> l
     examples: list[Example] = []
     for where, row in rows:
         question, answer = (_field_text(row, name, where) for name in fields)
-        examples.append(Example(f"{prefix}-{len(examples)}", question, answer))
+        examples.append(Example(f"{prefix}-{len(examples)}", question, answer, where))
     if not examples:
         raise InputError(f"{path}: no examples in it")
     return examples

@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core import sections
 from ..core.config import TaskConfig
 from ..core.files import InputError
-from .examples import Example, Question, Score, ScoringRule, folded
+from ..core.pace import say
+from .examples import Example, Question, Score, ScoringRule, folded, unclear_gold
 from .formats import read_examples, read_jsonl, read_questions
 from .small_tasks import small_task_splits
 from .word_problems import problem_splits
@@ -169,7 +170,24 @@ def _check_jsonl(cfg: TaskConfig) -> tuple[str, str]:  # path, test_path
 
 
 def _read(cfg: TaskConfig, path: str, prefix: str) -> list[Example]:
-    return read_examples(path, prefix, cfg.question_field, cfg.answer_field)
+    examples = read_examples(path, prefix, cfg.question_field, cfg.answer_field)
+    if cfg.extract == "number":
+        _say_unclear(examples)
+    return examples
+
+
+def _say_unclear(examples: list[Example]):
+    "A line on stderr that names gold answers of which the number rule compares a part."
+    found = [(e.where, *unclear) for e in examples if (unclear := unclear_gold(e.answer))]
+    if not found:
+        return
+    where, there, by = found[0]
+    lines = ", ".join(place.rpartition("line ")[2] for place, *_ in found[1:21])
+    more = f"; so are those in lines {lines}{', …' if len(found) > 21 else ''}" if lines else ""
+    say(
+        f"{where}: the gold answer {there[:40]!r} is compared by {by!r} alone{more}. "
+        f"task.extract=exact or regex compares all of it"
+    )
 
 
 def _jsonl(cfg: TaskConfig) -> Task:

@@ -37,6 +37,7 @@ def identity(
         tokenizer=tokenizer_hash(prompter.tok),
         prompt={k: v for k, v in values["prompt"].items() if not k.startswith("max_")},
         context=cond.context.key,
+        rendered=digest([prompter.render(cond.context, e.question).plain for e in items[:1]]),
         extract={k: values["task"][k] for k in ("name", "extract", "regex")},
         max_new_tokens=cfg.evaluate.max_new_tokens,
         stop_ids=list(prompter.stop_ids),
