@@ -7,7 +7,7 @@ import string
 
 import pytest
 import tokenizers
-from helpers_data import changed, tokenizer, write
+from helpers_data import SHOTS, changed, tokenizer, write
 from tokenizers import decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +16,7 @@ from icl_distill.app.usage import prompt_code
 from icl_distill.core.config import ContextConfig, PromptConfig, TaskConfig, load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.hub import generation_ends, load_tokenizer
+from icl_distill.data.alignment import align
 from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
@@ -83,8 +84,8 @@ def test_a_gold_answer_compared_by_a_part_is_named_with_its_line(gold, tmp_path,
 
 
 def chat(template, *, added=(), special=(), **over):
-    "A prompter of the real tokenizer with another template and more tokens."
-    tok = copy.deepcopy(tokenizer("chatml"))
+    "A prompter with another template and more tokens; its tokenizer keeps line breaks together."
+    tok = copy.deepcopy(tokenizer("qwen3"))
     tok.add_tokens(list(added))
     tok.add_tokens(list(special), special_tokens=True)
     tok.chat_template = template
@@ -108,7 +109,7 @@ def test_a_template_that_reads_the_clock_reads_one_day():
 def test_a_condition_depends_on_the_rendered_prompt():
     cfg, item = load_config("quickstart"), Example("e", "q", "#### 1")
     one, other = chat(CLOCK), chat(CLOCK)
-    other.renderer._template = chat(CLOCK.replace("%d", "day %d")).renderer._template
+    other.renderer.template = chat(CLOCK.replace("%d", "day %d")).renderer.template
     ids = [identity(cfg, p, Condition("zero_shot"), [item], "e") for p in (one, other)]
     assert {key for key in ids[0] if ids[0][key] != ids[1][key]} == {"rendered"}
 
@@ -195,3 +196,205 @@ def test_a_config_without_generation_config_names_the_ends(tmp_path):
     folder = base_folder(tmp_path)
     (folder / "generation_config.json").unlink()
     assert generation_ends(str(folder)) == (0,)
+
+
+# --- shapes of templates: written here, shortened to what is special in each
+
+
+def loop(user, assistant, opened, *, system="", end=""):
+    "A template of pieces; each may use m.content."
+    parts = [f"{{% if m.role == 'user' %}}{user}{{% elif m.role == 'assistant' %}}{assistant}"]
+    parts.append(f"{{% else %}}{system}{{% endif %}}")
+    body = "".join(["{% for m in messages %}", *parts, end, "{% endfor %}"])
+    return f"{body}{{% if add_generation_prompt %}}{opened}{{% endif %}}"
+
+
+USER = "<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+SYSTEM = "<|im_start|>system\n{{ m.content }}<|im_end|>\n"
+SAID = "<|im_start|>assistant\n{{ m.content }}<|im_end|>\n"
+LAST = "{{ '<think>\n\n</think>\n\n' if loop.last else '' }}"
+CUT = "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+LAST_TURN = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{{ s + '\n\n' if s and loop.last else '' }}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<|endoftext|>{% endif %}{% endfor %}"
+)
+SHAPES = {  # template, tokens it adds, how a prompt ends, how an answer ends
+    "R1-distill": (
+        loop(
+            "<|User|>{{ m.content }}",
+            f"<|Assistant|>{CUT}<|endoftext|>",
+            "<|Assistant|><think>\n",
+            system="{{ m.content }}",
+        ),
+        ("<|User|>", "<|Assistant|>", "<think>", "</think>"),
+        "<|Assistant|><think>\n\n</think>\n\n",
+        "<|endoftext|>",
+    ),
+    "DeepSeek V3": (
+        loop(
+            "<|User|>{{ m.content }}",
+            "<|Assistant|></think>{{ m.content }}<|endoftext|>",
+            "<|Assistant|>",
+            system="{{ m.content }}",
+        ),
+        ("<|User|>", "<|Assistant|>", "</think>"),
+        "<|Assistant|></think>",
+        "<|endoftext|>",
+    ),
+    "QwQ": (
+        loop(
+            USER,
+            f"<|im_start|>assistant\n{CUT}<|im_end|>\n",
+            "<|im_start|>assistant\n<think>\n",
+            system=SYSTEM,
+        ),
+        ("<think>", "</think>"),
+        "assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "Qwen3-Thinking-2507": (
+        loop(
+            USER,
+            f"<|im_start|>assistant\n{LAST}{{{{ m.content }}}}<|im_end|>\n",
+            "<|im_start|>assistant\n<think>\n",
+            system=SYSTEM,
+        ),
+        ("<think>", "</think>"),
+        "assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "gpt-oss": (
+        "{{ strftime_now('%Y-%m-%d') }}"
+        + loop(
+            "<|start|>user<|message|>{{ m.content }}<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+            "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}",
+            "<|start|>assistant",
+            system="<|start|>developer<|message|>{{ m.content }}<|end|>",
+        ),
+        ("<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"),
+        "<|start|>assistant<|channel|>final<|message|>",
+        "<|return|>",
+    ),
+    "GLM-4": (
+        loop(
+            "<|user|>\n{{ m.content }}",
+            "<|assistant|>\n{{ m.content }}",
+            "<|assistant|>\n",
+            system="<|system|>\n{{ m.content }}",
+        ),
+        ("<|user|>", "<|assistant|>", "<|system|>"),
+        "<|assistant|>\n",
+        "<|user|>",
+    ),
+    "Command R7B": (
+        loop(
+            "<|turn|><|user|>{{ m.content }}<|end|>",
+            "<|turn|><|bot|><|response|>{{ m.content }}<|end_response|><|end|>",
+            "<|turn|><|bot|>",
+            system="<|turn|><|system|>{{ m.content }}<|end|>",
+        ),
+        (
+            "<|turn|>",
+            "<|user|>",
+            "<|bot|>",
+            "<|system|>",
+            "<|end|>",
+            "<|response|>",
+            "<|end_response|>",
+        ),
+        "<|bot|><|response|>",
+        "<|end_response|>",
+    ),
+    "Gemma 2": (
+        REFUSES + loop(USER, SAID, "<|im_start|>assistant\n"),
+        (),
+        "assistant\n",
+        "<|im_end|>",
+    ),
+    "Mistral": (LAST_TURN, ("[INST]", "[/INST]"), "[/INST]", "<|endoftext|>"),
+    "SmolLM3": (
+        "<|im_start|>system\nToday: {{ strftime_now('%d %B %Y') }}<|im_end|>\n"
+        + loop(
+            USER,
+            "<|im_start|>assistant\n<think>\n\n</think>\n{{ m.content }}<|im_end|>\n",
+            "<|im_start|>assistant\n{{ '' if enable_thinking else '<think>\n\n</think>\n' }}",
+            system=SYSTEM,
+        ),
+        ("<think>", "</think>"),
+        "<think>\n\n</think>\n",
+        "<|im_end|>",
+    ),
+    "Granite": (
+        loop(
+            "<|role|>user<|role_end|>{{ m.content }}<|endoftext|>\n",
+            "<|role|>assistant<|role_end|>{{ m.content }}<|endoftext|>\n",
+            "<|role|>assistant<|role_end|>",
+            system="<|role|>system<|role_end|>{{ strftime_now('%B %d, %Y') }}\n{{ m.content }}"
+            "<|endoftext|>\n",
+        ),
+        ("<|role|>", "<|role_end|>"),
+        "assistant<|role_end|>",
+        "<|endoftext|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_of_template_trains_with_shots_and_system_text(name):
+    template, tokens, opened, end = SHAPES[name]
+    p = chat(template, special=tokens)
+    example = Example("e", "Why?", "Because.")
+    for context in (Context(), Context(SHOTS), Context(SHOTS, "Be brief."), Context((), "Brief.")):
+        al = align(p, context, example)
+        read = p.tok.decode(al.teacher_ids[: -al.n_answer])
+        assert read.endswith(opened) and read == p.render(context, "Why?").plain
+        assert p.tok.decode(al.answer_ids).strip() == f"Because.{end}"
+        places = [
+            read.index(x) for x in (context.text or "", "1 + 1?", "2 + 3?", "Why?") if x in read
+        ]
+        assert places == sorted(places) and bool(context.text) == ("rief." in read)
+        assert p.prompt_ids(context, "Why?") == al.teacher_ids[: -al.n_answer]
+    assert p.stop_ids[0] == al.answer_ids[-1]
+
+
+def test_what_was_done_about_a_template_is_said():
+    done = {name: chat(shape[0], special=shape[1]).notes for name, shape in SHAPES.items()}
+    assert ["system text" in note for note in done["Gemma 2"] + done["Mistral"]] == [True, True]
+    assert "final" in done["gpt-oss"][0] and "</think>" in done["R1-distill"][0]
+    assert not done["GLM-4"] and not done["SmolLM3"] and not done["Granite"]
+
+
+@pytest.mark.parametrize("name", ["R1-distill", "Qwen3-Thinking-2507", "QwQ"])
+def test_a_thinking_model_may_think_when_asked_and_is_not_trained_so(name):
+    template, tokens, *_ = SHAPES[name]
+    thinking = chat(template, special=tokens, enable_thinking=True)
+    assert thinking.render(Context(), "Why?").endswith("<think>\n") and thinking.stop_ids
+    with pytest.raises(InputError, match="enable_thinking=false"):
+        thinking.answer_ids(Context(), "Why?", "Because.")
+
+
+def test_no_advice_that_does_not_apply():
+    p = chat(
+        loop(
+            USER,
+            "<|im_start|>assistant\n{{ m.content|length }}: {{ m.content }}<|im_end|>",
+            "<|im_start|>assistant\n",
+        )
+    )
+    with pytest.raises(InputError) as refused:
+        p.answer_ids(Context(), "Why?", "Because.")
+    assert "enable_thinking" not in str(refused.value)
+
+
+def test_white_space_at_the_seam_is_named_and_can_be_taken_off():
+    tok = copy.deepcopy(tokenizer("qwen3"))  # line breaks in one piece
+    tok.chat_template = tokenizer("chatml").chat_template
+    with pytest.raises(InputError, match="white space.*prompt.answer_space=strip"):
+        Prompter(tok, PromptConfig()).answer_ids(Context(), "Why?", "\n\nBecause.")
+    strip = Prompter(tok, PromptConfig(answer_space="strip"))
+    ids = strip.answer_ids(Context(SHOTS), "Why?", "\n\nBecause. ")
+    assert tok.decode(ids) == "Because.<|im_end|>"

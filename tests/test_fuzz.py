@@ -256,6 +256,11 @@ def test_chat_templates(template, question, answer, context):
             jinja(template, messages[:-1], True, tok),
             jinja(template, messages, False, tok),
         )
+        if whole.startswith(prompt):  # a fixed piece before the answer belongs to the prompt
+            between = whole[len(prompt) :].partition(answer.strip())[0]
+            prompt += between if between.strip() else ""
+        if not any(x in whole[len(prompt) :] for x in p.control):  # ended by the next turn
+            whole = jinja(template, [*messages, {"role": "user", "content": "x"}], True, tok)
         text = tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert (
             tok.decode(

@@ -48,7 +48,9 @@ def record_prompt(
     ends.save_pretrained(folder)
     asked = config_dict(prompter.cfg)
     example = prompter.render(Context(), "{question}").plain
-    about = dict(prompt=asked, rendered=example, stop_ids=list(stops), date=DATE)
+    about = dict(
+        prompt=asked, rendered=example, stop_ids=list(stops), date=DATE, notes=prompter.notes
+    )
     (Path(folder) / PROMPT_FILE).write_text(json.dumps(about, indent=1, ensure_ascii=False))
 
 # %% ../../nbs/app/07_export.ipynb #c016

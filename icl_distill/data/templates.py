@@ -9,10 +9,13 @@ __all__ = ['DATE', 'CLOCK', 'ControlTokens', 'Marks', 'Rendered', 'template_sour
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from ..core.config import PromptConfig
 from ..core.files import InputError
+
+_THOUGHT = re.compile(r"<([\w:]*think[\w:]*)>\s*$")  # a thought that was opened
 
 # %% ../../nbs/data/07_templates.ipynb #c015
 class ControlTokens:
@@ -127,6 +130,39 @@ class Template:
             raise InputError(
                 f"the chat template could not be rendered: {type(e).__name__}: {e}"
             ) from e
+
+    @cached_property
+    def folds_system(self) -> bool:
+        "Has it no place for system text in front of the first turn, so that it goes into it?"
+        shot = [{"role": "user", "content": "Q0"}, {"role": "assistant", "content": "A0"}]
+        turns = [*shot, {"role": "user", "content": "Q1"}]
+        whole = [{"role": "system", "content": "S0"}, *turns]
+        return not self._in_order(whole) and self._in_order(turns)
+
+    def _in_order(self, messages: list[dict[str, str]]) -> bool:
+        "Does every turn stand in its place?"
+        try:
+            check_turns(self(messages), messages)
+        except InputError:
+            return False
+        return True
+
+    @cached_property
+    def opening(self) -> str:
+        "What a prompt ends in, behind what the template writes there, when no thought is wanted."
+        if self.cfg.enable_thinking or self.cfg.template == "plain":
+            return ""
+        asked = [{"role": "user", "content": "Q0"}]
+        try:
+            prompt = self(asked)
+            whole = self([*asked, {"role": "assistant", "content": "A0"}])
+        except InputError:
+            return ""
+        if whole.startswith(prompt):
+            between, found, _ = whole[len(prompt) :].partition("A0")
+            return between if found and between.strip() else ""
+        thought = _THOUGHT.search(prompt)
+        return f"\n</{thought[1]}>\n\n" if thought else ""
 
 # %% ../../nbs/data/07_templates.ipynb #pr10
 def check_turns(text: str, messages: list[dict[str, str]]):

@@ -33,6 +33,7 @@ from ..core.config import Config, LossConfig, config_dict, diff_configs, to_yaml
 from ..core.devices import device_random_state, set_device_random_state
 from ..core.files import InputError, flush
 from ..core.runs import Run
+from ..data.prompts import Prompter
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
 from .batches import Data
@@ -131,6 +132,8 @@ def _seal(state: TrainState, folder: Path, final: Path):
         "data": state.data_hash,
         "processes": state.learner.accelerator.num_processes,
     }
+    if notes := Prompter(state.tokenizer, state.config.prompt).notes:
+        info["prompt"] = notes
     seal(folder, final, info)
     keep_newest(state.run.checkpoints_path, state.config.train.save_total_limit)
 
