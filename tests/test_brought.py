@@ -5,25 +5,32 @@ import itertools
 import json
 import string
 
+import peft
 import pytest
 import tokenizers
+import torch
+import transformers
 from helpers_data import SHOTS, changed, tokenizer, write
 from tokenizers import decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from icl_distill.app.export import PROMPT_FILE, record_prompt
+from icl_distill.app.export import PROMPT_FILE, export_model, record_prompt
 from icl_distill.app.usage import prompt_code
-from icl_distill.core.config import ContextConfig, PromptConfig, TaskConfig, load_config
+from icl_distill.core.config import ContextConfig, LoraConfig, PromptConfig, TaskConfig, load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.hub import generation_ends, load_tokenizer
+from icl_distill.core.runs import find_checkpoints
 from icl_distill.data.alignment import align
 from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task, split_dev
 from icl_distill.evaluation.conditions import Condition
+from icl_distill.evaluation.evaluate import evaluate
 from icl_distill.evaluation.records import identity
-from icl_distill.testing import tiny_folder
+from icl_distill.models.loading import add_lora, frozen_head
+from icl_distill.testing import SIZES, tiny_folder
+from icl_distill.training.state import other_run
 
 # --- the same question
 
@@ -398,3 +405,101 @@ def test_white_space_at_the_seam_is_named_and_can_be_taken_off():
     strip = Prompter(tok, PromptConfig(answer_space="strip"))
     ids = strip.answer_ids(Context(SHOTS), "Why?", "\n\nBecause. ")
     assert tok.decode(ids) == "Because.<|im_end|>"
+
+
+# --- models
+
+
+def linear_with_adapters(model):
+    return {n.partition(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
+
+
+def with_noise(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return model
+
+
+def test_adapters_of_a_multimodal_model_are_in_its_language_model():
+    text = SIZES | dict(vocab_size=64)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, image_size=28)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | dict(num_attention_heads=2, patch_size=14),
+        mm_tokens_per_image=4,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).float()
+    wrapped = add_lora(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    found = linear_with_adapters(wrapped)
+    assert len(found) == 4 and all("language_model" in name for name in found)
+
+
+def test_gpt2s_conv1d_layers_take_adapters(capfd):
+    sizes = dict(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    ids = torch.arange(1, 9)[None]
+    before = model(input_ids=ids).logits
+    wrapped = add_lora(model, LoraConfig(r=2, target_modules=["c_attn", "c_proj"])).eval()
+    assert torch.equal(wrapped(input_ids=ids).logits, before) and frozen_head(wrapped) is not None
+    with_noise(wrapped)
+    with_adapter = wrapped(input_ids=ids).logits
+    merged = wrapped.merge_and_unload()(input_ids=ids).logits
+    assert not torch.allclose(with_adapter, before, atol=1e-3)
+    assert torch.allclose(merged, with_adapter, atol=1e-5)
+
+
+def test_a_pad_token_beyond_the_embedding_is_replaced(tmp_path):
+    tiny_folder(tmp_path)
+    tok = load_tokenizer(str(tmp_path))
+    tok.add_special_tokens({"pad_token": "[PAD]"})
+    assert tok.pad_token_id == len(tok) - 1
+    tok.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == tok.eos_token_id
+
+
+# --- adapters from elsewhere
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    "A base folder with a tied head, and an adapter on it as peft alone leaves it."
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    wrapped = with_noise(peft.get_peft_model(model, settings))
+    wrapped.save_pretrained(tmp_path / "trl" / "checkpoint-100")
+    return base, tmp_path / "trl" / "checkpoint-100"
+
+
+def test_an_adapter_from_elsewhere_is_exported_with_the_base_named(elsewhere, tmp_path):
+    base, adapter = elsewhere
+    with pytest.raises(InputError, match="without checkpoint.json: name its base"):
+        export_model(adapter, tmp_path / "out")
+    _, info = export_model(adapter, tmp_path / "out", "float32", [f"model.name={base}"])
+    assert info["foreign"]
+    ids = torch.arange(5, 25)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    want = peft.PeftModel.from_pretrained(plain, str(adapter)).eval()(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not merged.config.tie_word_embeddings  # the head has an adapter, the embedding none
+    assert torch.allclose(merged(input_ids=ids).logits, want, atol=1e-4)
+
+
+def test_an_adapter_from_elsewhere_is_evaluated_and_marked(elsewhere, tmp_path, capsys):
+    base, adapter = elsewhere
+    for place in (adapter, adapter.parent):
+        assert list(find_checkpoints(place)) == ["step_100"]
+    about = [f"model.name={base}", "model.dtype=float32", f"run={tmp_path / 'r'}"]
+    few = ["task.n_train=8", "task.n_dev=2", "task.n_test=2", "max_new_tokens=2", "conditions=[]"]
+    cfg = load_config("quickstart", [*about, *few, f"checkpoints={adapter}"], "evaluate")
+    results = evaluate(cfg, progress=False)
+    assert list(results.conditions) == ["step_100"]
+    assert "from elsewhere" in capsys.readouterr().err
+    records = tmp_path / "r" / "evaluation" / "records" / "step_100.jsonl"
+    assert json.loads(records.read_text().splitlines()[0])["identity"]["foreign"] is True
+
+
+def test_a_base_model_may_lie_elsewhere():
+    was = load_config("quickstart")
+    assert not other_run(was, load_config("quickstart", ["model.name=/elsewhere/the-same"]))

@@ -7,22 +7,38 @@ __all__ = ['PROMPT_FILE', 'record_prompt', 'export_model']
 
 # %% ../../nbs/app/07_export.ipynb #h0132
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.checkpoints import Checkpoint
-from ..core.config import config_dict, replace
+from ..core.config import config_dict, load_config, replace
+from ..core.devices import settled
 from ..core.files import InputError
 from ..data.contexts import Context
 from ..data.prompts import Prompter
 from ..data.templates import DATE
 
 # %% ../../nbs/app/07_export.ipynb #c015a
+def _untie(model):
+    "A head with an adapter is no longer the embedding's matrix: give it one of its own."
+    from icl_distill.models.loading import base_of
+
+    base = base_of(model)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    plain = getattr(head, "base_layer", None)
+    if plain is not None and plain.weight is getattr(embedding, "base_layer", embedding).weight:
+        plain.weight = type(plain.weight)(plain.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+        base.config.get_text_config().tie_word_embeddings = False
+
+
 def _merge(model, tok) -> tuple[Any, float]:  # the merged model, largest |Δ log-probability|
     import torch
 
     ids = tok("Question: 1 + 1?\nAnswer: 2", return_tensors="pt").input_ids
     with torch.no_grad():
+        _untie(model)
         theirs = model(input_ids=ids).logits.float().log_softmax(-1)
         merged = model.merge_and_unload(safe_merge=True)
         ours = merged(input_ids=ids).logits.float().log_softmax(-1)
@@ -53,16 +69,32 @@ def record_prompt(
     )
     (Path(folder) / PROMPT_FILE).write_text(json.dumps(about, indent=1, ensure_ascii=False))
 
+# %% ../../nbs/app/07_export.ipynb #ex31
+def _config_of(checkpoint: Checkpoint, overrides: Sequence[str]):
+    "The config of the run, or of an adapter from elsewhere what the user names."
+    if not checkpoint.foreign:
+        if not overrides:
+            return checkpoint.config()
+        return load_config(str(checkpoint.config_path), list(overrides), "train")
+    if not any(override.startswith("model.name=") for override in overrides):
+        raise InputError(
+            f"{str(checkpoint.folder)!r} is an adapter from elsewhere, without checkpoint.json: "
+            f"name its base model (model.name=…; it names {checkpoint.base_model!r} itself)"
+        )
+    return settled(load_config(None, list(overrides), "train"))
+
 # %% ../../nbs/app/07_export.ipynb #c016
 def export_model(
     checkpoint,  # its folder
     out,  # the folder to write; it must not exist
     dtype: str
     | None = None,  # of the weights written: bfloat16, float16 or float32; None: the run's
+    overrides: Sequence[str] = (),  # of the run's config, such as 'model.name=/where/it/lies/now'
 ) -> tuple[float, dict]:  # largest |Δ log-probability|, the checkpoint's checkpoint.json
     """Write base model and adapter as one plain model folder.
 
-    Raises `InputError` where `out` exists or the merged model says something else.
+    Raises `InputError` where `out` exists, the base has other weights than the run's, an adapter
+    from elsewhere comes without its base, or the merged model says something else.
     """
     import torch
 
@@ -74,7 +106,7 @@ def export_model(
         raise InputError(f"--dtype {dtype}: it must be bfloat16, float16 or float32")
     if out.exists():
         raise InputError(f"{out} exists already: choose another folder")
-    run = checkpoint.config()
+    run = _config_of(checkpoint, overrides)
     cfg = run.model
     base = load_model(replace(cfg, dtype=dtype or cfg.dtype))
     known = None if dtype and dtype != cfg.dtype else weights_hash(base)

@@ -116,21 +116,27 @@ def model_path(
     return name
 
 # %% ../../nbs/core/05_hub.ipynb #hub031
+def _model_value(name: str, revision: str | None, key: str, file: str = "config.json") -> Any:
+    "What a model's file says under a key, for its text model where it has several; or `None`."
+    from transformers import PreTrainedConfig
+
+    try:
+        known, _ = PreTrainedConfig.get_config_dict(
+            model_path(name), revision=revision, _configuration_file=file
+        )
+    except OSError:
+        return None
+    text = known.get("text_config") or {}
+    return text.get(key, known.get(key))
+
+# %% ../../nbs/core/05_hub.ipynb #hub033
 def generation_ends(
     name: str,  # as for `model_path`
     revision: str | None = None,  # a branch, tag or commit of a hub id
 ) -> tuple[int, ...]:  # none where neither file names one
     "The ids of the tokens at which the model's own generation ends."
-    from transformers import PreTrainedConfig
-
     for file in ("generation_config.json", "config.json"):
-        try:
-            known, _ = PreTrainedConfig.get_config_dict(
-                model_path(name), revision=revision, _configuration_file=file
-            )
-        except OSError:
-            continue
-        ends = known.get("eos_token_id", known.get("text_config", {}).get("eos_token_id"))
+        ends = _model_value(name, revision, "eos_token_id", file)
         if ends is not None:
             return tuple(ends) if isinstance(ends, list) else (ends,)
     return ()
@@ -155,7 +161,8 @@ def load_tokenizer(
         raise InputError(f"the tokenizer of model {name!r} could not be loaded: {said}") from error
     if not tok.is_fast:
         raise InputError(f"model {name!r} has no fast tokenizer")
-    if tok.pad_token_id is None:
+    rows = _model_value(name, revision, "vocab_size")
+    if tok.pad_token_id is None or (rows and tok.pad_token_id >= rows):  # no row in the embedding
         tok.pad_token = tok.eos_token
     tok.generation_ends = generation_ends(name, revision)
     return tok

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..core.checkpoints import Checkpoint
 from ..core.config import Config, config_dict, replace
 from ..core.files import InputError
+from ..core.pace import say
 from ..core.runs import find_checkpoints
 from ..data.contexts import Context, Contexts
 from ..data.examples import Example
@@ -84,6 +85,12 @@ def check_checkpoint(
 ) -> Checkpoint:
     "Raises `InputError` where it is damaged, of another model, or was trained in another form."
     checkpoint = Checkpoint.read(folder)
+    if checkpoint.foreign:
+        say(
+            f"{folder}: an adapter from elsewhere, without checkpoint.json: applied to "
+            f"{cfg.model.name!r} (it names {checkpoint.base_model!r}) with this config's prompt"
+        )
+        return checkpoint
     if engine == "vllm" and checkpoint.base_model != cfg.model.name:
         raise InputError(
             f"checkpoint {folder!r} was trained on {checkpoint.base_model!r}, "

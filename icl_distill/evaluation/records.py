@@ -29,7 +29,9 @@ def identity(
     from icl_distill.core.hub import tokenizer_hash
 
     values = config_dict(cfg)
-    adapter = Checkpoint.read(cond.checkpoint).adapter_hash() if cond.checkpoint else None
+    read = Checkpoint.read(cond.checkpoint) if cond.checkpoint else None
+    adapter = read.adapter_hash() if read else None
+    foreign = dict(foreign=True) if read and read.foreign else {}
     return dict(
         condition=cond.name,
         model=[cfg.model.name, cfg.model.revision, cfg.model.dtype],
@@ -43,6 +45,7 @@ def identity(
         stop_ids=list(prompter.stop_ids),
         items=digest([[e.id, e.question, e.answer] for e in items]),
         adapter=adapter,
+        **foreign,
     )
 
 # %% ../../nbs/evaluation/04_records.ipynb #c022

@@ -178,6 +178,7 @@ def save_checkpoint(state: TrainState) -> Path:  # its folder
 _FREE = (
     "run",
     "device",
+    "model.name",  # the same weights may lie elsewhere: their hash is compared
     "evaluate.",
     "train.resume",
     "train.tracker",
