@@ -71,6 +71,8 @@ def _check_present(folder: Path, names):
 def _is_foreign(folder: Path) -> bool:
     "An adapter that peft alone wrote: none of the files that only we write."
     ours = (INFO_FILE, CONFIG_FILE, STATE_FILE)
+    if folder.name.startswith("step_"):  # one of ours that lost its files
+        return False
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / x).exists() for x in ours)
 
 

@@ -109,7 +109,7 @@ def set_random_state(
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
 
-# %% ../../nbs/training/02_state.ipynb #s015
+# %% ../../nbs/training/02_state.ipynb #s015a
 def _write_shared(state: TrainState, folder: Path):
     "What all processes have in common: adapter, tokenizer, config, optimiser."
     shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +120,7 @@ def _write_shared(state: TrainState, folder: Path):
     (folder / CONFIG_FILE).write_text(to_yaml(state.config))
     torch.save({"optimizer": state.optimizer.state_dict()}, folder / STATE_FILE)
 
-
+# %% ../../nbs/training/02_state.ipynb #s015
 def _seal(state: TrainState, folder: Path, final: Path):
     if state.run.metrics_path.exists():
         flush(state.run.metrics_path)
