@@ -26,7 +26,8 @@ from icl_distill.core.files import InputError
 from icl_distill.data.alignment import TooLong, align, align_rows, pack
 from icl_distill.data.contexts import WRONG_SHOTS, Context, Contexts
 from icl_distill.data.examples import Example
-from icl_distill.data.prompts import DATE, Prompter
+from icl_distill.data.prompts import Prompter
+from icl_distill.data.templates import DATE
 
 # ---- the rendered strings, in full
 
@@ -106,7 +107,8 @@ def test_thinking_switch():
     "`enable_thinking` reaches the template; thoughts are in the prompt, and never supervised."
     assert prompter("qwen3").render(Context(), "Why?").endswith("<think>\n\n</think>\n\n")
     with pytest.raises(InputError, match="enable_thinking"):
-        Prompter(tokenizer("qwen3"), PromptConfig(enable_thinking=True))
+        thinking = Prompter(tokenizer("qwen3"), PromptConfig(enable_thinking=True))
+        thinking.answer_ids(Context(), "Why?", "Because.")
     al = align(prompter("qwen3"), Context(SHOTS), Example("e", "Why?", "Because."))
     think = tokenizer("qwen3").convert_tokens_to_ids(["<think>", "</think>"])
     assert (

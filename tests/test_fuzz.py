@@ -24,7 +24,8 @@ from icl_distill.data.alignment import TooLong, align
 from icl_distill.core.config import Config, PromptConfig, _Dumper, load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.sections import choices_of, words_of
-from icl_distill.data.prompts import DATE, Prompter
+from icl_distill.data.prompts import Prompter
+from icl_distill.data.templates import DATE
 from icl_distill.data.contexts import Context
 from icl_distill.data.examples import Example
 from icl_distill.data.formats import read_jsonl
@@ -255,6 +256,11 @@ def test_chat_templates(template, question, answer, context):
             jinja(template, messages[:-1], True, tok),
             jinja(template, messages, False, tok),
         )
+        if whole.startswith(prompt):  # a fixed piece before the answer belongs to the prompt
+            between = whole[len(prompt) :].partition(answer.strip())[0]
+            prompt += between if between.strip() else ""
+        if not any(x in whole[len(prompt) :] for x in p.control):  # ended by the next turn
+            whole = jinja(template, [*messages, {"role": "user", "content": "x"}], True, tok)
         text = tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert (
             tok.decode(

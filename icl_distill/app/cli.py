@@ -216,6 +216,7 @@ def targets_command(
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
+    overrides: Over = None,
     dtype: Annotated[
         str | None, typer.Option(help="of the weights written; default: the run's")
     ] = None,
@@ -223,11 +224,10 @@ def export_command(
     "Merge an adapter into its base model: a folder that AutoModelForCausalLM loads."
     from icl_distill.app.export import export_model
 
-    off, info = export_model(checkpoint, out, dtype)
-    print(
-        f"{out}: {info['base_model']} with the adapter of step {info['step']}; "
-        f"log-probabilities agree within {off:.2g}"
-    )
+    off, info = export_model(checkpoint, out, dtype, overrides or [])
+    foreign = info.get("foreign")
+    whose = "an adapter from elsewhere" if foreign else f"the adapter of step {info['step']}"
+    print(f"{out}: {info['base_model']} with {whose}; log-probabilities agree within {off:.2g}")
 
 # %% ../../nbs/app/17_cli.ipynb #c017
 def main():

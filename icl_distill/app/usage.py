@@ -15,7 +15,8 @@ from ..core.checkpoints import step_folder
 from ..core.config import Config
 from ..core.hub import WHEELS
 from ..data.contexts import Context
-from ..data.prompts import DATE, Prompter
+from ..data.prompts import Prompter
+from ..data.templates import CLOCK, DATE, template_source
 
 # %% ../../nbs/app/09_usage.ipynb #us06
 def hub_id(
@@ -47,8 +48,11 @@ def prompt_code(prompter: Prompter) -> str:
         before = f"{_literal(front)} + " if front else ""
         parts = [f"    asked = {asked}", f'    return {before}asked + "\\nAnswer:"']
         return "\n".join(["def prompt(question):", *parts])
+    template = prompter.renderer.template
+    if cfg.system and template.folds_system:
+        asked = f"{_literal(cfg.system)} + {_literal(chr(10) * 2)} + {asked}"
     lines = [f'    messages = [{{"role": "user", "content": {asked}}}]']
-    if cfg.system:
+    if cfg.system and not template.folds_system:
         system = f'{{"role": "system", "content": {_literal(cfg.system)}}}'
         lines.append(f"    messages.insert(0, {system})")
     lines += [
@@ -58,9 +62,13 @@ def prompt_code(prompter: Prompter) -> str:
         "        add_generation_prompt=True,",
         f"        enable_thinking={cfg.enable_thinking},",
         f"        date_string={_literal(DATE)},",
-        "    )",
     ]
-    return "\n".join(["def prompt(question):", *lines])
+    top, end = [], f" + {_literal(template.opening)}" if template.opening else ""
+    if "strftime_now" in template_source(prompter.tok, cfg):
+        top = ["from datetime import datetime", "", ""]
+        day = CLOCK.strftime("%Y, %-m, %-d")
+        lines.append(f"        strftime_now=datetime({day}).strftime,")
+    return "\n".join([*top, "def prompt(question):", *lines, f"    ){end}"])
 
 # %% ../../nbs/app/09_usage.ipynb #us13
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ __all__ = ['INFO_FILE', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'CONFIG_FILE', 'STA
 # %% ../../nbs/core/08_checkpoints.ipynb #c003
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -67,11 +68,28 @@ def _check_present(folder: Path, names):
         raise InputError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(missing)} missing")
 
 
+def _is_foreign(folder: Path) -> bool:
+    "An adapter that peft alone wrote: none of the files that only we write."
+    ours = (INFO_FILE, CONFIG_FILE, STATE_FILE)
+    if folder.name.startswith("step_"):  # one of ours that lost its files
+        return False
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / x).exists() for x in ours)
+
+
+def _foreign_info(folder: Path) -> dict:
+    "What is known of an adapter from elsewhere: no hash of its base; a step in its name or none."
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    known = dict(step=int(step[1]) if step else 0, base_model=base or "?", base_hash=None)
+    return known | dict(dtype=None, foreign=True)
+
+
 def _checked_info(folder: Path, whole: bool) -> dict:
     "The contents of `checkpoint.json`. Raises `ValueError` and its like where something is off."
     from safetensors import safe_open
 
-    info = json.loads((folder / INFO_FILE).read_text())
+    foreign = not whole and _is_foreign(folder)
+    info = _foreign_info(folder) if foreign else json.loads((folder / INFO_FILE).read_text())
     if not isinstance(info, dict):
         raise ValueError(f"{INFO_FILE} is no object")
     needed = ("step", "base_model", "base_hash", *(["files"] if whole else []))
@@ -106,7 +124,8 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"checkpoint {str(folder)!r}: no such folder")
-        _check_present(folder, NEEDED)
+        foreign = not whole and _is_foreign(folder)
+        _check_present(folder, [ADAPTER_WEIGHTS] if foreign else NEEDED)
         from safetensors import SafetensorError
 
         try:
@@ -122,7 +141,7 @@ class Checkpoint:
 
     def check_base(self, base_hash: str):
         "Raises `InputError` where it was trained on other weights."
-        if self.base_hash != base_hash:
+        if not self.foreign and self.base_hash != base_hash:
             raise InputError(
                 f"checkpoint {str(self.folder)!r} was trained on {self.base_model!r} with weights "
                 f"{self.base_hash}; the model given has weights {base_hash}"
@@ -132,6 +151,11 @@ class Checkpoint:
     def step(self) -> int:
         "The optimiser steps that were done."
         return self.info["step"]
+
+    @property
+    def foreign(self) -> bool:
+        "Does it come from elsewhere (peft, TRL, Unsloth)? Its base is then what the user names."
+        return self.info.get("foreign", False)
 
     @property
     def base_model(self) -> str:

@@ -136,7 +136,10 @@ class PromptConfig(Section):
     )
     system: Text | None = setting(None, "a system message for teacher and student alike")
     question_format: Asking = setting("Question: {question}", "of a user turn")
-    enable_thinking: Switch = setting(False, "Qwen3's switch")
+    enable_thinking: Switch = setting(
+        False, "may the model think first? If not, the prompt ends behind the template's thought"
+    )
+    answer_space: Literal["keep", "strip"] = setting("keep", "white space at an answer's ends")
     max_student_tokens: PositiveInt = setting(512, "question and answer")
     max_teacher_tokens: PositiveInt = setting(4096, "context, question and answer")
     too_long: Literal["error", "drop"] = setting(

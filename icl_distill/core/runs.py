@@ -310,6 +310,7 @@ def find_checkpoints(
     folders = sorted(RunPaths(path).checkpoints_path.glob("step_*"))
     if (path / ADAPTER_CONFIG).exists() or (path / INFO_FILE).exists():
         folders = [path]
+    folders = folders or sorted(x.parent for x in path.glob(f"checkpoint-*/{ADAPTER_CONFIG}"))
     if not folders:
         raise InputError(f"{where}: neither a checkpoint nor a run with checkpoints/step_…")
     found = {checkpoint.step: checkpoint for checkpoint in map(Checkpoint.read, folders)}

@@ -10,10 +10,11 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..core.config import ContextConfig
 from ..core.files import InputError
-from .examples import Example
+from .examples import Example, folded
 
 # %% ../../nbs/data/06_contexts.ipynb #c005
 @dataclass(frozen=True)
@@ -31,9 +32,20 @@ class Context:
             parts += [shot.question, shot.answer]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    @cached_property
+    def _shown(self) -> tuple[frozenset[str], frozenset[str]]:  # ids and questions of the shots
+        return (
+            frozenset(shot.id for shot in self.shots),
+            frozenset(folded(shot.question) for shot in self.shots),
+        )
+
+    def asks(self, question: str) -> bool:
+        "Is it the question of a shot?"
+        return folded(question) in self._shown[1]
+
     def shows(self, example: Example) -> bool:
         "Is the example, or another with its question, among the shots?"
-        return any(s.id == example.id or s.question == example.question for s in self.shots)
+        return example.id in self._shown[0] or self.asks(example.question)
 
 # %% ../../nbs/data/06_contexts.ipynb #c008
 _VERBS = (
@@ -72,13 +84,13 @@ class _OtherExamples:
         self.train = train
         self.places: dict[tuple[str, str], list[int]] = {}  # of an id, and of a question
         for place, e in enumerate(train):
-            for key in (("id", e.id), ("question", e.question)):
+            for key in (("id", e.id), ("question", folded(e.question))):
                 self.places.setdefault(key, []).append(place)
 
     def own_places(self, example: Example) -> list[int]:
         "Where the example stands, and those that ask the same, in rising order."
         by_id = self.places.get(("id", example.id), [])
-        by_question = self.places.get(("question", example.question), [])
+        by_question = self.places.get(("question", folded(example.question)), [])
         return sorted({*by_id, *by_question})
 
     def draw(self, example: Example, n: int, seed: str) -> tuple[Example, ...]:
@@ -142,8 +154,8 @@ class Contexts:
         self.cfg, self.train = cfg, train
         self.shared = _shared_contexts(cfg, train)  # empty for per_example
         reserves = cfg.kind in ("fixed", "shuffled_answers")
-        shown = {s.question for c in self.shared for s in c.shots} if reserves else set()
-        self.reserved = frozenset(e.id for e in train if e.question in shown)
+        shown = self.shared if reserves else []
+        self.reserved = frozenset(e.id for e in train if any(c.asks(e.question) for c in shown))
         self._others = _OtherExamples(train)
         self._index = {e.id: i for i, e in enumerate(train)}
 

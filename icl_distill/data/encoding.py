@@ -49,7 +49,8 @@ class PieceEncoder(Encoder):
         most: int = 1 << 22,  # tokens that are remembered
     ):
         self.tok, self.control, self.bos = whole.tok, whole.control, whole.bos
-        self.most, self.seams = most, seams_of(whole.tok)
+        self.byte_level, self.most = whole.byte_level, most
+        self.seams = seams_of(whole.tok) if whole.byte_level else None
         self.known: dict[str, tuple[int, ...]] = {}
         self.held = 0  # tokens
 

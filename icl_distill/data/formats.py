@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.files import InputError
 from ..core.pace import say
-from .examples import Example, Question
+from .examples import Example, Question, folded
 
 # %% ../../nbs/data/02_formats.ipynb #c013
 class _Number(str):
@@ -107,7 +107,7 @@ def _examples(path: Path, rows: Iterator[_Row], prefix: str, fields: tuple) -> l
     examples: list[Example] = []
     for where, row in rows:
         question, answer = (_field_text(row, name, where) for name in fields)
-        examples.append(Example(f"{prefix}-{len(examples)}", question, answer))
+        examples.append(Example(f"{prefix}-{len(examples)}", question, answer, where))
     if not examples:
         raise InputError(f"{path}: no examples in it")
     return examples
@@ -240,14 +240,13 @@ def read_questions(
     for where, row in _question_rows(path, question_field):
         question = _field_text(row, question_field, where)
         _check_bare(question, where)
-        folded = " ".join(question.split())
         others |= dict.fromkeys(name for name in row if name != question_field)
-        if folded in found:
+        if (key := folded(question)) in found:
             repeated += 1
         elif more := len(found) == most:
             break
         else:
-            found[folded] = question
+            found[key] = question
     if not found:
         raise InputError(f"{path}: no questions in it")
     _say_what_was_left(path, repeated, list(others), most if more else None)

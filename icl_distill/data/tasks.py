@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core import sections
 from ..core.config import TaskConfig
 from ..core.files import InputError
-from .examples import Example, Question, Score, ScoringRule
+from ..core.pace import say
+from .examples import Example, Question, Score, ScoringRule, folded, unclear_gold
 from .formats import read_examples, read_jsonl, read_questions
 from .small_tasks import small_task_splits
 from .word_problems import problem_splits
@@ -39,11 +40,6 @@ class Task:
         return ScoringRule(self.extract, self.regex).score(text, example)
 
 # %% ../../nbs/data/05_tasks.ipynb #c018
-def _folded(example: Example | Question) -> str:
-    "The question, white space folded: what two questions are compared by."
-    return " ".join(example.question.split())
-
-
 def check_leaks(task: Task):
     """Raises `InputError` where a split is empty, or a question is in a split before it.
 
@@ -53,21 +49,21 @@ def check_leaks(task: Task):
         if not examples and not task.questions:
             raise InputError(f"task {task.name!r}: no examples in {split}")
         for e in examples:
-            where, other = seen.get(_folded(e), ("", ""))
+            where, other = seen.get(folded(e.question), ("", ""))
             if where in ("train", "dev") and where != split:
                 raise InputError(
                     f"task {task.name!r}: {split} example {e.id!r} asks the same as {where} "
                     f"example {other!r} ({e.question[:60]!r}): a leak"
                 )
         for e in examples:
-            seen.setdefault(_folded(e), (split, e.id))
+            seen.setdefault(folded(e.question), (split, e.id))
     _check_questions(task, seen)
 
 
 def _check_questions(task: Task, seen: dict[str, tuple[str, str]]):
     for q in task.questions:
-        if _folded(q) in seen:
-            split, other = seen[_folded(q)]
+        if folded(q.question) in seen:
+            split, other = seen[folded(q.question)]
             kind = "shot" if split == "train" else f"{split} example"
             raise InputError(
                 f"task {task.name!r}: {q.id!r} asks the same as {kind} {other!r} "
@@ -82,7 +78,7 @@ def check_shots(shots: list[Example]):
     "Raises `InputError` where there are fewer than three, or two of them contradict each other."
     answered: dict[str, Example] = {}
     for shot in shots:
-        first = answered.setdefault(_folded(shot), shot)
+        first = answered.setdefault(folded(shot.question), shot)
         if first.answer.strip() != shot.answer.strip():
             raise InputError(
                 f"shots {first.id!r} and {shot.id!r} answer {shot.question[:60]!r} differently: "
@@ -103,11 +99,12 @@ def split_dev(
     """`n_dev` examples drawn out of train; both parts keep their order.
 
     Raises `InputError` where there are too few examples whose question occurs once."""
-    count = Counter(map(_folded, train))
-    single = [e for e in train if count[_folded(e)] == 1]
+    count = Counter(folded(e.question) for e in train)
+    single = [e for e in train if count[folded(e.question)] == 1]
     if n_dev >= len(train) or n_dev > len(single):
+        repeated = "" if len(single) == len(train) else f" ({len(single)} questions occur once)"
         raise InputError(
-            f"task.n_dev is {n_dev}, but there are only {len(train)} training examples "
+            f"task.n_dev is {n_dev}, but there are only {len(train)} training examples{repeated} "
             f"to take them from"
         )
     chosen = {e.id for e in random.Random(f"dev:{seed}").sample(single, n_dev)}
@@ -173,7 +170,24 @@ def _check_jsonl(cfg: TaskConfig) -> tuple[str, str]:  # path, test_path
 
 
 def _read(cfg: TaskConfig, path: str, prefix: str) -> list[Example]:
-    return read_examples(path, prefix, cfg.question_field, cfg.answer_field)
+    examples = read_examples(path, prefix, cfg.question_field, cfg.answer_field)
+    if cfg.extract == "number":
+        _say_unclear(examples)
+    return examples
+
+
+def _say_unclear(examples: list[Example]):
+    "A line on stderr that names gold answers of which the number rule compares a part."
+    found = [(e.where, *unclear) for e in examples if (unclear := unclear_gold(e.answer))]
+    if not found:
+        return
+    where, there, by = found[0]
+    lines = ", ".join(place.rpartition("line ")[2] for place, *_ in found[1:21])
+    more = f"; so are those in lines {lines}{', …' if len(found) > 21 else ''}" if lines else ""
+    say(
+        f"{where}: the gold answer {there[:40]!r} is compared by {by!r} alone{more}. "
+        f"task.extract=exact or regex compares all of it"
+    )
 
 
 def _jsonl(cfg: TaskConfig) -> Task:

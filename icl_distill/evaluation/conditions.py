@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..core.checkpoints import Checkpoint
 from ..core.config import Config, config_dict, replace
 from ..core.files import InputError
+from ..core.pace import say
 from ..core.runs import find_checkpoints
 from ..data.contexts import Context, Contexts
 from ..data.examples import Example
@@ -84,6 +85,12 @@ def check_checkpoint(
 ) -> Checkpoint:
     "Raises `InputError` where it is damaged, of another model, or was trained in another form."
     checkpoint = Checkpoint.read(folder)
+    if checkpoint.foreign:
+        say(
+            f"{folder}: an adapter from elsewhere, without checkpoint.json: applied to "
+            f"{cfg.model.name!r} (it names {checkpoint.base_model!r}) with this config's prompt"
+        )
+        return checkpoint
     if engine == "vllm" and checkpoint.base_model != cfg.model.name:
         raise InputError(
             f"checkpoint {folder!r} was trained on {checkpoint.base_model!r}, "
@@ -133,14 +140,14 @@ def make_prompts(
     max_length: int | None = None,  # tokens that the model can read
 ) -> list[list[int]]:  # one prompt an item
     "Prompt ids. Raises `InputError` for one that does not fit, or that is among its own shots."
-    shots, new = {s.question.strip() for s in cond.context.shots}, cfg.evaluate.max_new_tokens
+    new = cfg.evaluate.max_new_tokens
     limits = [
         (cfg.prompt.max_teacher_tokens, "prompt.max_teacher_tokens"),
         (max_length, "what the model can read"),
     ]
     prompts = [prompter.prompt_ids(cond.context, item.question) for item in items]
     for item, prompt in zip(items, prompts, strict=True):
-        if item.question.strip() in shots:
+        if cond.context.asks(item.question):
             raise InputError(
                 f"item {item.id!r} is one of the shots of condition {cond.name!r}: it would be "
                 "shown its own answer"

@@ -29,7 +29,9 @@ def identity(
     from icl_distill.core.hub import tokenizer_hash
 
     values = config_dict(cfg)
-    adapter = Checkpoint.read(cond.checkpoint).adapter_hash() if cond.checkpoint else None
+    read = Checkpoint.read(cond.checkpoint) if cond.checkpoint else None
+    adapter = read.adapter_hash() if read else None
+    foreign = dict(foreign=True) if read and read.foreign else {}
     return dict(
         condition=cond.name,
         model=[cfg.model.name, cfg.model.revision, cfg.model.dtype],
@@ -37,11 +39,13 @@ def identity(
         tokenizer=tokenizer_hash(prompter.tok),
         prompt={k: v for k, v in values["prompt"].items() if not k.startswith("max_")},
         context=cond.context.key,
+        rendered=digest([prompter.render(cond.context, e.question).plain for e in items[:1]]),
         extract={k: values["task"][k] for k in ("name", "extract", "regex")},
         max_new_tokens=cfg.evaluate.max_new_tokens,
         stop_ids=list(prompter.stop_ids),
         items=digest([[e.id, e.question, e.answer] for e in items]),
         adapter=adapter,
+        **foreign,
     )
 
 # %% ../../nbs/evaluation/04_records.ipynb #c022

@@ -8,6 +8,7 @@ __all__ = ['load_model', 'positions_of', 'weights_hash', 'add_lora', 'base_of', 
 
 # %% ../../nbs/models/01_loading.ipynb #h0040
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,6 +78,25 @@ def _base_name(name: str) -> str:
     "A parameter's name before peft wrapped its layer."
     return name.replace("base_model.model.", "", 1).replace(".base_layer", "")
 
+# %% ../../nbs/models/01_loading.ipynb #ld30
+def _linear(model: nn.Module) -> dict[str, bool]:  # name -> is its weight transposed?
+    "The linear layers by their full names; GPT-2's are `Conv1D`, with the weight transposed."
+    from transformers.pytorch_utils import Conv1D
+
+    modules, Linear = dict(model.named_modules()), (nn.Linear, Conv1D)
+    return {n: isinstance(m, Conv1D) for n, m in modules.items() if isinstance(m, Linear)}
+
+
+def _outside_text(model: nn.Module, names: Iterable[str]) -> list[str]:
+    "Of a model that sees or hears too: the parts that are not its language model."
+    text = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = next((name for name, module in model.named_modules() if module is text), "")
+    if model.config.get_text_config() is model.config or "." not in inside:
+        return []
+    around, depth = inside.rpartition(".")[0] + ".", inside.count(".") + 1
+    others = (n for n in names if n.startswith(around) and not n.startswith(inside + "."))
+    return sorted({".".join(name.split(".")[:depth]) for name in others})
+
 # %% ../../nbs/models/01_loading.ipynb #c010
 def add_lora(
     model: nn.Module,  # the frozen base; changed in place
@@ -86,8 +106,8 @@ def add_lora(
     "The model with a fresh adapter. Raises `InputError` where a target module does not exist."
     import peft
 
-    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
-    names = {name.rsplit(".", 1)[-1] for name in linear}
+    linear = _linear(model)
+    outside, names = _outside_text(model, linear), {name.rsplit(".", 1)[-1] for name in linear}
     if missing := [name for name in cfg.target_modules if name not in names]:
         raise InputError(
             f"lora.target_modules {missing} are not in this model; "
@@ -99,6 +119,8 @@ def add_lora(
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
         target_modules=list(cfg.target_modules),
+        exclude_modules=rf"({'|'.join(map(re.escape, outside))})\..*" if outside else None,
+        fan_in_fan_out=any(linear[name] for name in linear),
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, settings, autocast_adapter_dtype=True)

@@ -41,6 +41,7 @@ from icl_distill.core.config import (
 from ..core.devices import device_random_state, set_device_random_state
 from ..core.files import InputError, flush
 from ..core.runs import Run
+from ..data.prompts import Prompter
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
@@ -122,7 +123,7 @@ def set_random_state(
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
 
-# %% ../../nbs/training/02_state.ipynb #s015
+# %% ../../nbs/training/02_state.ipynb #s015a
 def _write_shared(state: TrainState, folder: Path):
     "What all processes have in common: adapter, tokenizer, config, optimiser."
     shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +134,7 @@ def _write_shared(state: TrainState, folder: Path):
     (folder / CONFIG_FILE).write_text(to_yaml(state.config))
     torch.save({"optimizer": state.optimizer.state_dict()}, folder / STATE_FILE)
 
-
+# %% ../../nbs/training/02_state.ipynb #s015
 def _seal(state: TrainState, folder: Path, final: Path):
     if state.run.metrics_path.exists():
         flush(state.run.metrics_path)
@@ -145,6 +146,8 @@ def _seal(state: TrainState, folder: Path, final: Path):
         "data": state.data_hash,
         "processes": state.learner.accelerator.num_processes,
     }
+    if notes := Prompter(state.tokenizer, state.config.prompt).notes:
+        info["prompt"] = notes
     seal(folder, final, info)
     keep_newest(state.run.checkpoints_path, state.config.train.save_total_limit)
 
@@ -189,6 +192,7 @@ def save_checkpoint(state: TrainState) -> Path:  # its folder
 _FREE = (
     "run",
     "device",
+    "model.name",  # the same weights may lie elsewhere: their hash is compared
     "evaluate.",
     "train.resume",
     "train.tracker",
