@@ -663,8 +663,11 @@ def test_hash_and_difference():
     assert config_hash(over("loss.weight=1")) == config_hash(over("loss.weight=1.0"))
 
 
+alone = [k for k, v in plain if type(v) is int and k != "answers.n"]  # which wants a temperature
+
+
 @settings(max_examples=30)
-@given(st.sampled_from([k for k, v in plain if type(v) is int]), st.integers(1, 3))
+@given(st.sampled_from(alone), st.integers(1, 3))
 def test_every_key_counts(key, by):
     value = get(Config(), key) + by
     c = over(f"{key}={value}")
