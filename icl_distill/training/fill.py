@@ -77,7 +77,7 @@ class _Filled:
     examples: int
     computed: int  # of these, now
 
-# %% ../../nbs/training/08_fill.ipynb #ft13
+# %% ../../nbs/training/08_fill.ipynb #ft15
 def _check(cfg: Config):
     "Raises `InputError` where there are no targets to keep."
     if cfg.teacher.cache != "disk":
@@ -90,7 +90,7 @@ def _check(cfg: Config):
             "and so are their targets"
         )
 
-
+# %% ../../nbs/training/08_fill.ipynb #ft13
 def fill_targets(
     cfg: Config,  # one of the runs
     how: Filling = Filling(),
