@@ -922,6 +922,7 @@ def test_new_keys():
         "answers",
         "teacher",
         "loss",
+        "hidden",
         "train",
         "evaluate",
         "device",
