@@ -441,6 +441,7 @@ SAID = {  # what the words of a type promise
     "a text with {question} in it": lambda x: "{question}" in x,
     "a whole number greater than 0": lambda x: x > 0,
     "a whole number, 0 or more": lambda x: x >= 0,
+    "a list of whole numbers": lambda x: True,
     "a list of whole numbers, each 0 or more": lambda x: min(x, default=0) >= 0,
     "a whole number from 0 to 2**32-1": lambda x: 0 <= x < 2**32,
     "a finite number greater than 0": lambda x: x > 0,

@@ -270,7 +270,7 @@ def launch(*args, **kw):
 
 
 def launch_training(folder, run):
-    return launch("-m", "icl_distill.train", *arguments(folder, run, *OVER))
+    return launch("-m", "icl_distill.train", *arguments(folder, run, *OVER, "teacher.cache=disk"))
 
 
 def finish(process, seconds=240):

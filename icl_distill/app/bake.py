@@ -114,7 +114,9 @@ def _plan_text(cfg: Config, task: Task) -> str:
 def set_up(cfg: Config, progress: bool = True) -> Work:
     "Load what is needed. Raises `InputError`."
     if cfg.answers.source not in ("teacher", "agreed"):
-        raise InputError("a bake learns from labels: answers.source must be teacher or agreed")
+        raise InputError(
+            "a bake makes labels, it has no gold answers: answers.source must be teacher or agreed"
+        )
     task, model = load_task(cfg.task), cfg.model
     check_answers(cfg, task)
     tok = load_tokenizer(model.name, model.revision, model.trust_remote_code)

@@ -83,7 +83,7 @@ def _foreign_info(folder: Path) -> dict:
     known = dict(step=int(step[1]) if step else 0, base_model=base or "?", base_hash=None)
     return known | dict(dtype=None, foreign=True)
 
-
+# %% ../../nbs/core/08_checkpoints.ipynb #c016c
 def _checked_info(folder: Path, whole: bool) -> dict:
     "The contents of `checkpoint.json`. Raises `ValueError` and its like where something is off."
     from safetensors import safe_open

@@ -151,8 +151,8 @@ def prepare(
     reserved = contexts.reserved if contexts else frozenset()
     usable = [e for e in task.train if e.id not in reserved]
     faster = by_pieces(prompter)
-    bar = tqdm(usable, desc="encoding examples", disable=not progress, leave=False)
-    aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
+    with tqdm(usable, desc="encoding examples", disable=not progress, leave=False) as bar:
+        aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
     limits = limits_of(cfg.prompt, positions)
     too_long = complaints(aligned, limits)
     if too_long and cfg.prompt.too_long == "error":
