@@ -27,7 +27,8 @@ FORMS = [
         distance="smooth_l1",
         norm="std",
     ),  # CODI's
-    HiddenConfig(weight=0.5, layers=[], sum=True),  # Condition C
+    HiddenConfig(weight=0.5, layers=[], norm="l2"),  # Condition C
+    HiddenConfig(weight=0.5, sum=True),
     HiddenConfig(weight=1.0, layers=[1, -1], distance="cosine"),
 ]
 
