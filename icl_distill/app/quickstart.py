@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import Config, HiddenConfig, load_config, replace
+from ..core.config import Config, load_config, replace
 from ..core.files import InputError
 from ..core.results import Results
 from ..core.runs import Run
@@ -75,10 +75,8 @@ def train_arms(
     from icl_distill.training.loop import train
 
     cfg, tok, out = setup.cfg, setup.engine.tok, []
-    sft = replace(cfg.loss, weight=0.0, ce=1.0)
-    for name, loss in (("sft", sft), ("distill", cfg.loss)):
-        hidden = cfg.hidden if name == "distill" else HiddenConfig()
-        arm = replace(cfg, loss=loss, hidden=hidden, run=str(Path(cfg.run) / name))
+    for name, how in (("sft", cfg.without_teacher()), ("distill", cfg)):
+        arm = replace(how, run=str(Path(cfg.run) / name))
         folder = train(arm, setup.model, tok, setup.task, progress)
         out.append(Condition(name, checkpoint=str(folder), step=cfg.train.steps))
     return out

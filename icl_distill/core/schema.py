@@ -28,6 +28,7 @@ from icl_distill.core.sections import (
     Text,
     disagree,
     is_section,
+    replace,
     section_name,
     setting,
     words_of,
@@ -235,6 +236,11 @@ class Config(Section):
     def has_teacher(self) -> bool:
         "Is there a term that compares with a teacher?"
         return self.loss.weight > 0 or self.hidden.weight > 0
+
+    def without_teacher(self) -> "Config":
+        "The same by plain SFT."
+        loss = replace(self.loss, weight=0.0, ce=1.0)
+        return replace(self, loss=loss, hidden=HiddenConfig())
 
     @model_validator(mode="after")
     def _something_is_learnt(self):

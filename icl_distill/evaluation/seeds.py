@@ -67,8 +67,9 @@ _OF_DISTILLATION = ("kind", "temperature", "beta", "tail")
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
     "With the defaults of keys that an older file lacks."
-    out = config_dict(Config()) | config
-    for key, part in config_dict(Config()).items():
+    defaults = config_dict(Config())
+    out = defaults | config
+    for key, part in defaults.items():
         if isinstance(part, dict):
             out[key] = part | out[key]
     return out

@@ -76,9 +76,9 @@ def _add_hidden(
     student, teacher = states
     distances = state_distance(student, teacher, learner.hidden)
     term, sums = learner.hidden.weight * share * distances.sum(), parts.sums.clone()
-    found = {"total": term, "hidden": distances.sum(), "hidden_positions": len(distances)}
-    for name, value in found.items():
-        sums[SUMS.index(name)] += value.detach() if torch.is_tensor(value) else value
+    sums[SUMS.index("total")] += term.detach()
+    sums[SUMS.index("hidden")] += distances.detach().sum()
+    sums[SUMS.index("hidden_positions")] += len(distances)
     return LossParts(parts.total + term, sums)
 
 
