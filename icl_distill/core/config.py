@@ -22,11 +22,16 @@ from pydantic import ValidationError
 
 # %% ../../nbs/core/04_config.ipynb #cf004
 from .files import InputError
-from .inputs import LoraConfig, ModelConfig, PromptConfig, TaskConfig
-from icl_distill.core.schema import (
+from icl_distill.core.inputs import (
     AnswersConfig,
-    Config,
     ContextConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptConfig,
+    TaskConfig,
+)
+from icl_distill.core.schema import (
+    Config,
     EvaluateConfig,
     HiddenConfig,
     LossConfig,
