@@ -2017,4 +2017,10 @@ d = { 'settings': { 'branch': 'main',
                                            'icl_distill.training.step.explain_out_of_memory': ( 'training/step.html#explain_out_of_memory',
                                                                                                 'icl_distill/training/step.py'),
                                            'icl_distill.training.step.lr_factor': ( 'training/step.html#lr_factor',
-                                                                                    'icl_distill/training/step.py')}}}
+                                                                                    'icl_distill/training/step.py')},
+            'icl_distill.training.trackers': { 'icl_distill.training.trackers.check_tracker': ( 'training/trackers.html#check_tracker',
+                                                                                                'icl_distill/training/trackers.py'),
+                                               'icl_distill.training.trackers.start_tracker': ( 'training/trackers.html#start_tracker',
+                                                                                                'icl_distill/training/trackers.py'),
+                                               'icl_distill.training.trackers.tracked_config': ( 'training/trackers.html#tracked_config',
+                                                                                                 'icl_distill/training/trackers.py')}}}

@@ -524,7 +524,7 @@ def test_choices(key, values):
         "evaluate.conditions=[zeroshot]",
         "evaluate.steps=[-1]",
         "evaluate.n_samples=0",
-        "train.tracker=wandb",
+        "train.tracker=wandb2",
         "seed=-1",
         "seed=4294967296",
         "run=",
@@ -735,7 +735,7 @@ def test_construction_is_checked():
     [
         ("train", {"batch_size": -1}, "train.batch_size"),
         ("train", {"stesp": 1}, "'train.steps'"),
-        ("train", {"tracker": "wandb"}, "train.tracker"),
+        ("train", {"tracker": "wandb2"}, "train.tracker"),
         ("loss", {"temperature": 2.0}, "loss.temperature"),
         ("prompt", {"question_format": "?"}, "{question}"),
         ("context", {"kind": "text"}, "context.text"),

@@ -21,7 +21,7 @@ core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
-training: batches fill state step on_policy setup loop answers labels
+training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures

@@ -53,6 +53,17 @@ Beta = Annotated[
     Field(gt=0, lt=1),
     Must("a number strictly between 0 and 1 (for its two ends choose forward_kl or reverse_kl)"),
 ]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+]
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Must("a list of whole numbers")]
 Conditions = Annotated[
     list[Annotated[str, Field(pattern="^(zero_shot|few_shot|[0-9]+_shot|teacher)$")]],
@@ -132,7 +143,7 @@ class TrainConfig(Section):
     save_total_limit: PositiveInt | None = setting(None, "keep at most this many")
     log_every: PositiveInt = setting(10, "steps between lines of metrics.jsonl")
     resume: Switch = setting(True, "go on from the run's newest checkpoint")
-    tracker: Literal["tensorboard"] | None = setting(None, "with the extra `track`")
+    tracker: Tracker | None = setting(None, "where metrics and config are shown too")
 
 # %% ../../nbs/core/03_schema.ipynb #sc022
 class EvaluateConfig(Section):

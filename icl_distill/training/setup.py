@@ -26,13 +26,13 @@ from .fill import targets_cache
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
+from .trackers import check_tracker, start_tracker
 
 # %% ../../nbs/training/04_setup.ipynb #su005
 def check(cfg: Config):
     "Raises `InputError` for settings that cannot be trained with."
     check_training(cfg, machine_of(cfg).device)
-    if cfg.train.tracker not in (None, "tensorboard"):
-        raise InputError(f"train.tracker is {cfg.train.tracker!r}; known is tensorboard")
+    check_tracker(cfg.train.tracker)
 
 # %% ../../nbs/training/04_setup.ipynb #su007
 def accelerator_of(cfg: Config):
@@ -170,8 +170,7 @@ def begin(
         _begin_folder(state)
     learner.student, state.optimizer = accelerator.prepare(learner.student, state.optimizer)
     learner.teacher = _teacher(state)
-    if state.config.train.tracker:
-        accelerator.init_trackers("tensorboard", {})
+    start_tracker(accelerator, state.config)
     state.sums = state.sums.to(accelerator.device)
     state.own = OwnAnswers(state) if state.config.answers.source == "student" else None
     state.model.train()
