@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 import string
 
 import peft
@@ -16,7 +17,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from icl_distill.app.export import PROMPT_FILE, export_model, record_prompt
 from icl_distill.app.usage import prompt_code
-from icl_distill.core.config import ContextConfig, LoraConfig, PromptConfig, TaskConfig, load_config
+from icl_distill.core.config import (
+    ContextConfig,
+    LoraConfig,
+    ModelConfig,
+    PromptConfig,
+    TaskConfig,
+    load_config,
+    replace,
+)
 from icl_distill.core.files import InputError
 from icl_distill.core.hub import generation_ends, load_tokenizer
 from icl_distill.core.checkpoints import find_checkpoints
@@ -28,7 +37,8 @@ from icl_distill.data.tasks import load_task, split_dev
 from icl_distill.evaluation.conditions import Condition
 from icl_distill.evaluation.evaluate import evaluate
 from icl_distill.evaluation.records import identity
-from icl_distill.models.loading import add_lora, frozen_head
+from icl_distill.models.generation import TransformersEngine
+from icl_distill.models.loading import add_lora, frozen_head, load_model
 from icl_distill.testing import SIZES, tiny_folder
 from icl_distill.training.state import other_run
 
@@ -407,17 +417,65 @@ def test_white_space_at_the_seam_is_named_and_can_be_taken_off():
     assert tok.decode(ids) == "Because.<|im_end|>"
 
 
+LOUD = loop("LOUD " + USER, SAID, "<|im_start|>assistant\n", system=SYSTEM)
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(tmp_path):
+    tok = tokenizer("chatml")
+    tok.chat_template = {"default": tok.chat_template, "loud": LOUD}
+    plain, loud = (Prompter(tok, PromptConfig(template_name=name)) for name in (None, "loud"))
+    assert "LOUD" not in plain.render(Context(), "Why?")
+    assert loud.render(Context(SHOTS), "Why?").plain.count("LOUD") == len(SHOTS) + 1
+    with pytest.raises(InputError, match="template_name is 'quiet'.*'default', 'loud'"):
+        Prompter(tok, PromptConfig(template_name="quiet"))
+    del tok.chat_template["default"]
+    with pytest.raises(InputError, match="no default template.*'loud'"):
+        Prompter(tok, PromptConfig())
+
+
+def test_an_export_keeps_the_template_of_the_run(elsewhere, tmp_path):
+    base, adapter = elsewhere
+    tok = load_tokenizer(str(base))
+    tok.chat_template = {"default": tok.chat_template, "loud": LOUD}
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    tok.save_pretrained(moved)
+    changes = [f"model.name={moved}", "prompt.template_name=loud"]
+    export_model(adapter, tmp_path / "out", overrides=changes)
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == {"default": LOUD, "loud": LOUD}
+
+
 # --- models
+
+
+def test_a_model_without_sdpa_says_which_attention_it_has(tmp_path):
+    sizes = dict(vocab_size=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32)
+    transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).save_pretrained(tmp_path)
+    cfg = ModelConfig(name=str(tmp_path), dtype="float32")
+    with pytest.raises(InputError, match="no sdpa attention.*model.attention=eager"):
+        load_model(cfg)
+    assert load_model(replace(cfg, attention="eager")).config._attn_implementation == "eager"
+
+
+def recurrent():
+    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
+def test_a_model_that_cannot_be_decoded_in_a_batch_is_refused_before_it_answers():
+    engine = TransformersEngine(with_noise(recurrent(), "", std=0.5).eval(), None, [2])
+    with pytest.raises(InputError, match="cannot decode MambaForCausalLM"):
+        next(engine.generate([[5, 6, 7], [8]]))
 
 
 def linear_with_adapters(model):
     return {n.partition(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
 
 
-def with_noise(model):
+def with_noise(model, where="lora_B", std=0.1):
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
+        if where in name:
+            parameter.data.normal_(0, std)
     return model
 
 

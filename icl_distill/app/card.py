@@ -24,6 +24,7 @@ from ..core.hub import WHEELS, load_tokenizer
 from ..core.record_lines import RecordLine
 from ..core.results import Comparison, Results
 from ..data.prompts import Prompter
+from ..data.templates import make_default
 from ..evaluation.tables import as_markdown, notes, table_rows
 from ..training.labels import Labels, labels_text
 
@@ -280,6 +281,7 @@ def write_adapter(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
+        make_default(tok, cfg.prompt)
         tok.save_pretrained(temporary)
         shutil.copyfile(source.folder / ADAPTER_WEIGHTS, temporary / ADAPTER_WEIGHTS)
         settings = _published_settings(cfg, source.folder / ADAPTER_CONFIG)

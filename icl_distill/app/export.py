@@ -17,7 +17,7 @@ from ..core.devices import settled
 from ..core.files import InputError
 from ..data.contexts import Context
 from ..data.prompts import Prompter
-from ..data.templates import DATE
+from ..data.templates import DATE, make_default
 
 # %% ../../nbs/app/07_export.ipynb #c015a
 def _untie(model):
@@ -120,6 +120,7 @@ def export_model(
         )
     temporary = out.with_name(out.name + ".tmp")
     merged.save_pretrained(temporary)
+    make_default(tok, run.prompt)
     tok.save_pretrained(temporary)
     record_prompt(merged, Prompter(tok, run.prompt), temporary)
     temporary.rename(out)

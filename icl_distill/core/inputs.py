@@ -136,6 +136,9 @@ class PromptConfig(Section):
     template: Literal["chat", "plain"] = setting(
         "chat", "the tokenizer's, or Question/Answer lines"
     )
+    template_name: Text | None = setting(
+        None, "which of the tokenizer's templates, where it has several; none: default"
+    )
     system: Text | None = setting(None, "a system message for teacher and student alike")
     question_format: Asking = setting("Question: {question}", "of a user turn")
     enable_thinking: Switch = setting(

@@ -16,6 +16,7 @@ from ..core.files import InputError
 from icl_distill.models.decoding import (
     Completion,
     Sampling,
+    check_decoding,
     completion,
     decode_batch,
     left_pad,
@@ -118,6 +119,7 @@ class TransformersEngine:
         self.window = window_of(self.config)
         self.one_copy = attention == "auto" and self.config.model_type in FAMILIES
         self.max_length = positions_of(self.config)
+        self.checked = False  # can it be decoded with a cache?
         self.wrapped = None  # the model without its adapters, where `attach` put them round it
         self.attached: list[str] = []
 
@@ -145,6 +147,7 @@ class TransformersEngine:
         prefix = common_prefix(prompts) if share_prefix and shares else []
         in_place = self.one_copy and shares
         with evaluating(self.model, adapter), torch.inference_mode():
+            self._check(prompts[order[0]])
             kv = read_prefix(self.model, prefix) if prefix else None
         with evaluating(self.model, adapter, ATTENTION if in_place else None):
             for start in range(0, len(order), self.batch_size):
@@ -153,6 +156,11 @@ class TransformersEngine:
                 choose = _chooser(sampling, at, self.model.device)
                 for row, ids in self._decode(rows, kv, in_place, choose, max_new_tokens):
                     yield at[row], completion(self.tok, ids, self.stop_ids)
+
+    def _check(self, prompt: list[int]):
+        if not self.checked:
+            check_decoding(base_of(self.model), prompt)
+            self.checked = True
 
     def attach(
         self,

@@ -46,6 +46,8 @@ def load_model(
         raise
     except (OSError, ValueError, ImportError) as error:
         said = str(error).strip().splitlines()[0]
+        if "scaled_dot_product_attention" in said:
+            said = "transformers has no sdpa attention for it; set model.attention=eager"
         raise InputError(f"model {cfg.name!r} could not be loaded: {said}") from error
     return model.requires_grad_(False).eval()
 

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from ..core.config import Config, TrainConfig
 from ..core.files import InputError, digest
+from ..core.hub import tokenizer_hash
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
 from ..data.prompts import Prompter
 from ..data.tasks import Task
-from ..data.templates import template_source
 
 # %% ../../nbs/training/01_batches.ipynb #c005
 def step_indices(
@@ -181,13 +181,9 @@ def encoding_key(
     positions: int | None,  # of the model, where they are known
 ) -> str:  # 16 hexadecimal digits
     "A hash of all that `prepare` looks at."
-    tok = prompter.tok
-    tokenizer = (tok.backend_tokenizer.to_str(), str(tok.special_tokens_map))
-    asked = (template_source(tok, cfg.prompt), cfg.prompt.model_dump(), cfg.context.model_dump())
+    asked = (cfg.prompt.model_dump(), cfg.context.model_dump(), cfg.has_teacher)
     examples = [[(e.id, e.question, e.answer) for e in some] for some in (task.train, task.shots)]
-    return digest(
-        [*tokenizer, tok.split_special_tokens, *asked, cfg.has_teacher, positions, examples]
-    )
+    return digest([tokenizer_hash(prompter.tok), *asked, positions, examples])
 
 # %% ../../nbs/training/01_batches.ipynb #k015
 def keep_data(
