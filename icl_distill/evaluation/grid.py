@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -68,7 +68,7 @@ def read_study_file(
 ) -> StudyFile:
     "What it says, checked. Raises `InputError` that names the file and the key."
     path = _path_of(name)
-    values = reduce(merge, (layer for _, layer in read_layers(str(path))), {})
+    values: dict[str, Any] = reduce(merge, (layer for _, layer in read_layers(str(path))), {})
     if isinstance(values.get("axes"), dict):
         axes = values["axes"].items()
         values["axes"] = {axis: given for axis, given in axes if given is not None}
@@ -221,8 +221,8 @@ def read_study(
     _check_given([*file.overrides, *(o for of in axes.values() for t in of.values() for o in t)])
     if len(set(file.seeds)) < len(file.seeds):
         raise InputError(f"seeds: one stands twice in {file.seeds}")
-    cells = []
-    for seed, *values in product(file.seeds, *axes.values()):
+    cells, names = [], product(*axes.values())
+    for seed, values in product(file.seeds, list(names)):
         at = dict(zip(axes, values, strict=True))
         own = [override for of, value in at.items() for override in axes[of][value]]
         title = f"{'-'.join(values)}-{seed}"
@@ -243,9 +243,12 @@ def asked_of(
     steps: tuple[int, ...] = (),  # of the checkpoints; default: all
 ) -> Config:
     "The config of its evaluation."
-    own = dict(checkpoints=str(cell.run.path), steps=list(steps), split=split)
-    conditions = list(cell.conditions) if split == "test" else []
-    evaluate = replace(cell.config.evaluate, conditions=conditions, **own)
+    own: dict[str, Any] = dict(checkpoints=str(cell.run.path), steps=list(steps), split=split)
+    if split == "test":
+        own["conditions"] = list(cell.conditions)
+    else:
+        own |= dict(conditions=[], n_samples=None)
+    evaluate = replace(cell.config.evaluate, **own)
     return replace(cell.config, evaluate=evaluate)
 
 # %% ../../nbs/evaluation/16_grid.ipynb #gr024

@@ -102,8 +102,8 @@ def _difference(a: list[Evaluation], b: list[Evaluation]) -> tuple[Level, float]
         found = arm.difference[name]
         assert found.p is not None, "a difference over seeds has a test"
         return Level.of(found), found.p
-    outcomes = [read_outcomes(x, pick_checkpoint(x.results(), x.folder)) for x in (*a, *b)]
-    pair = compare(*outcomes)
+    one, other = (read_outcomes(x, pick_checkpoint(x.results(), x.folder)) for x in (*a, *b))
+    pair = compare(one, other)
     d, interval = pair["difference"], pair["difference_ci95"]
     return Level(mean=d, interval=interval, per_seed=[d]), pair["p_mcnemar"]
 
