@@ -8,7 +8,6 @@ __all__ = ['Cost', 'cost_of', 'pace_here', 'show_plan', 'plan_line', 'study_comm
 # %% ../../nbs/app/20_study_command.ipynb #sc003
 import shlex
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
