@@ -20,7 +20,7 @@ import psutil
 
 from .launched import last_words
 from ..core.devices import calm_threads, gpu_count, threads_each
-from ..core.files import input_errors
+from ..core.files import InputError, input_errors
 from ..core.pace import say, span
 from icl_distill.evaluation.grid import (
     Cell,
@@ -153,6 +153,15 @@ def _begin(study: Study, cell: Cell, env: dict[str, str]) -> _Work:
     return _Work(cell, process, start)
 
 
+def _unfinished(cell: Cell) -> str:  # '' where it is finished
+    "Why a cell that ended without an error counts as failed."
+    try:
+        state = state_of(cell)
+    except InputError as error:
+        return f"error: {error}"
+    return "" if state == "finished" else "it ended without its results"
+
+
 def _asked_to_stop(number: int, frame: Any):
     raise SystemExit(128 + number)
 
@@ -189,11 +198,10 @@ class Cells:
 
     def _end(self, work: _Work):
         "Note how it went, and say so."
-        why, name = work.why_failed(), work.cell.name
+        name = work.cell.name
+        why = work.why_failed() or _unfinished(work.cell)
         work.process.stdin.close()  # type: ignore[union-attr]
         self.ended += 1
-        if not why and state_of(work.cell) != "finished":
-            why = f"it ended without its results; see {work.cell.run.log_path}"
         if why:
             self.failed[name] = why
         took = time.monotonic() - self.start
