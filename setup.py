@@ -29,7 +29,7 @@ setup(
     packages=[*find_packages(include=[lib, f"{lib}.*"]), f"{lib}.configs", f"{lib}.results"],
     package_dir={lib: lib, f"{lib}.configs": "configs", f"{lib}.results": "results"},
     package_data={
-        f"{lib}.configs": ["*.yaml", "methods/*.yaml", "plan/*.yaml", "accelerate/*.yaml"],
+        f"{lib}.configs": ["*.yaml", "methods/*.yaml", "plan/*.yaml", "accelerate/*.yaml", "studies/*.yaml"],
         f"{lib}.results": ["reported.json"],
     },
     include_package_data=False,

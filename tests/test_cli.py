@@ -132,6 +132,7 @@ def said(err, words, nothing=None):
         "estimate",
         "targets",
         "export",
+        "study",
     ],
 )
 def test_help_has_an_example(name):
@@ -695,6 +696,7 @@ def test_other_arguments_are_refused(arc, on, refused, tmp_path):
 def test_export_refuses_a_dtype(arc, refused, tmp_path):
     refused(
         "export",
+        "study",
         arc[0] / "distill" / "checkpoints" / "step_000002",
         tmp_path / "out",
         "--dtype",
