@@ -696,7 +696,6 @@ def test_other_arguments_are_refused(arc, on, refused, tmp_path):
 def test_export_refuses_a_dtype(arc, refused, tmp_path):
     refused(
         "export",
-        "study",
         arc[0] / "distill" / "checkpoints" / "step_000002",
         tmp_path / "out",
         "--dtype",
