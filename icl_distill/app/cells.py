@@ -191,6 +191,8 @@ class Cells:
                     self._end(running.pop(slot))
         finally:
             signal.signal(signal.SIGTERM, before)
+            if running:
+                say("stopping; the same command goes on from there")
             for work in running.values():
                 work.process.terminate()
             for work in running.values():

@@ -110,8 +110,10 @@ def _rows(study, states: dict[str, str], costs: dict[str, Cost]) -> list[dict[st
     return rows
 
 
-def _time_here(cells: list, costs: dict[str, Cost]) -> str:
+def _time_here(study, cells: list, costs: dict[str, Cost]) -> str:
     "How long these cells will take on this machine, one at a time; or why that is not known."
+    if study.file.train:
+        return "This machine was not timed: the study trains by a command of its own."
     say("Two steps and a batch of answers are timed first ...")
     first = cells[0]
     try:
@@ -143,7 +145,7 @@ def show_plan(
     except InputError as error:
         said.append(f"No estimate: {error}")
     if left and len(costs) == len(study.groups):
-        said.append(_time_here(left, costs))
+        said.append(_time_here(study, left, costs))
         minutes: Counter = Counter()
         for cell in left:
             minutes.update(costs[cell.group].minutes)

@@ -129,6 +129,8 @@ def _against(file: StudyFile, axes: dict[str, dict[str, list[str]]]) -> tuple[st
     for axis in filter(None, [*file.against, file.along]):
         if axis not in axes:
             raise InputError(f"{axis!r} is none of the axes: {', '.join(axes)}")
+    if file.along in file.against:
+        raise InputError(f"along and against are both {file.along!r}: name two axes")
     if len(file.against) > 1:
         raise InputError("against: name one axis; groups are compared within all others")
     for axis, value in file.against.items():
