@@ -51,7 +51,7 @@ def place(tmp_path_factory):
 
 
 def write(path, **keys):
-    path.write_text(yaml.safe_dump(keys))
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
     return str(path)
 
 
