@@ -177,6 +177,7 @@ def test_another_config_is_refused(done, place):
         state_of(read_study(str(changed)).cells[0])
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_cell_behind_and_goes_on(done, place, tmp_path):
     finished, *_ = done
     text = (place / "study.yaml").read_text().replace(str(place / "runs"), str(tmp_path / "runs"))
