@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +195,8 @@ class Cells:
             if running:
                 say("stopping; the same command goes on from there")
             for work in running.values():
-                work.process.terminate()
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(work.process.pid, signal.SIGTERM)
             for work in running.values():
                 work.process.wait()
 
