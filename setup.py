@@ -13,6 +13,7 @@ extras = {
     if k.endswith("_requirements")
 }
 lib = cfg["lib_name"]
+folders = ("", "methods/", "plan/", "accelerate/", "studies/")  # of configs
 
 setup(
     name=lib,
@@ -29,7 +30,7 @@ setup(
     packages=[*find_packages(include=[lib, f"{lib}.*"]), f"{lib}.configs", f"{lib}.results"],
     package_dir={lib: lib, f"{lib}.configs": "configs", f"{lib}.results": "results"},
     package_data={
-        f"{lib}.configs": ["*.yaml", "methods/*.yaml", "plan/*.yaml", "accelerate/*.yaml"],
+        f"{lib}.configs": [f"{folder}*.yaml" for folder in folders],
         f"{lib}.results": ["reported.json"],
     },
     include_package_data=False,

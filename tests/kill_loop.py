@@ -2,7 +2,7 @@
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
 in RAM, or not at all, on its own answers where a second labeller agrees, or on policy, and then
-evaluated.
+evaluated; or two runs are trained and evaluated as a study, by one command that is killed.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,8 @@ from safetensors.torch import load_file
 from icl_distill.core.devices import environment
 from icl_distill.testing import answering_folder, quiet_environment, tiny_folder
 
-ARMS = ("disk", "ram", "off", "agreed", "student")  # where targets are cached; or whose answers
-# are learnt
+# where targets are cached; whose answers are learnt; or several runs by one command
+ARMS = ("disk", "ram", "off", "agreed", "student", "study")
 PHASES = ("start", "step", "save")
 OVER = [
     "model.dtype=float32",
@@ -65,6 +66,18 @@ EVALUATE = [
     "batch_size=2",
     "engine=transformers",
 ]
+STUDY = """
+title: Is it the same after a kill?
+base: quickstart
+axes: {{arm: {{sft: loss.weight=0, kl: loss.kind=forward_kl}}}}
+against: {{arm: sft}}
+seeds: [3]
+conditions: [zero_shot]
+retention: [task.name=names, task.n_train=8, task.n_test=6]
+folder: {folder}
+overrides: {overrides}
+"""
+CELLS = ("sft-3", "kl-3")
 THE_COMMAND = "from icl_distill.app.cli import main\nmain()"
 
 
@@ -78,10 +91,22 @@ class Job:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        return ("answer", *PHASES) if self.arm == "agreed" else PHASES
+        more = {"agreed": ("answer",), "study": ("evaluate", "evaluate")}
+        return (*more.get(self.arm, ()), *PHASES)
+
+    @property
+    def runs(self) -> list[Path]:
+        return [self.run / cell for cell in CELLS] if self.arm == "study" else [self.run]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        "Of its commands, in order."
+        return ("study",) if self.arm == "study" else ("train", "evaluate")
 
     def command(self, name: str) -> list[str]:
-        "What follows `python` to train or to evaluate."
+        "What follows `python` to train, to evaluate, or to do both with several runs."
+        if name == "study":
+            return ["-c", THE_COMMAND, "study", str(self.study_file())]
         config = "bake" if self.arm == "agreed" else "quickstart"
         answers = {"agreed": AGREED, "student": STUDENT}
         own = answers.get(self.arm, [f"teacher.cache={self.arm}"])
@@ -90,6 +115,15 @@ class Job:
             return ["-m", "icl_distill.train", *given, *TRAIN]
         checkpoints = f"checkpoints={self.run}"
         return ["-c", THE_COMMAND, "evaluate", *given, checkpoints, *EVALUATE]
+
+    def study_file(self) -> Path:
+        "Written anew, which changes nothing."
+        path = self.run.with_name(f"{self.run.name}.yaml")
+        own = [f"evaluate.{text}" for text in EVALUATE[2:]]
+        mine = [text for text in OVER if not text.startswith("seed=")]
+        overrides = json.dumps([f"model.name={self.model}", *mine, *TRAIN, *own])
+        path.write_text(STUDY.format(folder=self.run, overrides=overrides))
+        return path
 
 
 # ---- what must not depend on being killed
@@ -130,21 +164,32 @@ def results_of(path):
 
 
 def outcome(job: Job) -> dict:
+    "Name -> content of all that its runs hold, and of a study's results."
+    out = {}
+    for run in job.runs:
+        out |= {f"{run.name}/{name}": value for name, value in outcome_of(run, job.arm).items()}
+    if job.arm == "study":
+        study = json.loads((job.run / "study.json").read_text())
+        return out | {"study.json": without(study, "name", "file", "environment", "commits")}
+    return {name.partition("/")[2]: value for name, value in out.items()}
+
+
+def outcome_of(run: Path, arm: str) -> dict:
     "Name -> content of metrics, checkpoints, answers, cached targets, records and results."
-    run = job.run
     out = {
         "metrics.jsonl": (run / "metrics.jsonl").read_text(),
         "leftovers": [path.name for path in run.glob("checkpoints/.*")],
-        "results.json": results_of(run / "evaluation/results.json"),
     }
+    for path in sorted(run.glob("*/results.json")):  # evaluation; of a study also retention
+        out[f"{path.parent.name}/results.json"] = results_of(path)
     for path in sorted(run.glob("checkpoints/step_*")):
         out[path.name] = checkpoint_of(path)
-    for kind in ("evaluation/records", "answers"):
+    for kind in ("evaluation/records", "retention/records", "answers"):
         for path in sorted(run.glob(f"{kind}/*.jsonl")):
             out[f"{kind}/{path.name}"] = records_of(path)
     for path in sorted(run.glob("labeller/checkpoints/step_*")):
         out[f"labeller/{path.name}"] = checkpoint_of(path)
-    if job.arm == "disk":
+    if arm == "disk":
         found = sorted(run.glob("targets/*/*.safetensors"))
         out["targets"] = {path.name: digests(path) for path in found}
     return out
@@ -170,19 +215,27 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def answers(run):
-    "Of the evaluation, and to the questions that are trained on."
-    return sum(map(lines, (*run.glob("evaluation/records/*.jsonl"), *run.glob("answers/*.jsonl"))))
+def answers(runs):
+    "Of the evaluations, and to the questions that are trained on."
+    kinds = ("*/records/*.jsonl", "answers/*.jsonl")
+    return sum(lines(path) for run in runs for kind in kinds for path in run.glob(kind))
 
 
-def half_written(run):
-    return set(run.glob("checkpoints/.step_*"))
+def steps(runs):
+    return sum(lines(run / "metrics.jsonl") for run in runs)
 
 
-def state(run) -> State:
-    stats = [(path.name, path.stat()) for path in half_written(run)]
-    files = {(name, stat.st_ino, stat.st_ctime_ns) for name, stat in stats}
-    return State(files, lines(run / "metrics.jsonl"), answers(run))
+def half_written(runs):
+    return {path for run in runs for path in run.glob("checkpoints/.step_*")}
+
+
+def state(runs) -> State:
+    files = set()
+    for path in half_written(runs):
+        with suppress(FileNotFoundError):  # a study's run may live a moment longer
+            stat = path.stat()
+            files.add((path.name, stat.st_ino, stat.st_ctime_ns))
+    return State(files, steps(runs), answers(runs))
 
 
 def where(before: State, now: State, name: str) -> str:
@@ -205,21 +258,21 @@ class Moment:
     delay: float  # seconds
 
 
-def moment(phase: str, run: Path, rng: random.Random) -> Moment:
+def moment(phase: str, runs: list[Path], rng: random.Random) -> Moment:
     "A drawn one; of a phase of training, or of evaluation."
     if phase == "start":
         return Moment(lambda: True, rng.uniform(0, 6))
     if phase == "step":
-        metrics = run / "metrics.jsonl"
-        step = lines(metrics) + rng.randint(1, 4)
-        return Moment(lambda: lines(metrics) >= step, rng.uniform(0, 0.05))
+        step = steps(runs) + rng.randint(1, 4)
+        return Moment(lambda: steps(runs) >= step, rng.uniform(0, 0.05))
     if phase == "save":
-        old = half_written(run)
-        return Moment(lambda: bool(half_written(run) - old), rng.choice([0, rng.uniform(0, 0.05)]))
+        old = half_written(runs)
+        delay = rng.choice([0, rng.uniform(0, 0.05)])
+        return Moment(lambda: bool(half_written(runs) - old), delay)
     if phase == "evaluate" and rng.random() < 0.3:
         return Moment(lambda: True, rng.uniform(0, 8))
-    answer = answers(run) + rng.randint(1, 6)
-    return Moment(lambda: answers(run) >= answer, rng.uniform(0, 0.1))
+    answer = answers(runs) + rng.randint(1, 6)
+    return Moment(lambda: answers(runs) >= answer, rng.uniform(0, 0.1))
 
 
 def strike(command: list[str], when: Moment | None = None) -> bool:
@@ -291,8 +344,8 @@ class Loop:
         job = self.job(arm, f"run{self.runs}")
         phases = [self.rng.choice(job.phases) for _ in range(self.rng.randint(2, 5))]
         evaluations = ["evaluate"] * self.rng.randint(1, 2)
-        self.to_its_end(job, "train", phases)
-        self.to_its_end(job, "evaluate", evaluations)
+        for name, aims in zip(job.names, (phases, evaluations), strict=False):
+            self.to_its_end(job, name, aims)
         odd = different(self.wanted[arm], outcome(job))
         if odd:
             self.differing.append(dict(run=self.runs, arm=arm, differs=odd))
@@ -306,8 +359,8 @@ class Loop:
     def uninterrupted(self, arm: str) -> dict:
         "The outcome of a run that nobody kills."
         job = self.job(arm, arm)
-        strike(job.command("train"))
-        strike(job.command("evaluate"))
+        for name in job.names:
+            strike(job.command(name))
         return outcome(job)
 
     def to_its_end(self, job: Job, name: str, phases: list[str]):
@@ -315,11 +368,11 @@ class Loop:
         for phase in phases:
             if self.kills >= self.times:
                 break
-            before = state(job.run)
-            if not strike(job.command(name), moment(phase, job.run, self.rng)):
+            before = state(job.runs)
+            if not strike(job.command(name), moment(phase, job.runs, self.rng)):
                 self.missed += 1
                 return  # it came to its end before the moment did
-            now = state(job.run)
+            now = state(job.runs)
             met = where(before, now, name)
             self.aimed_at[phase] += 1
             self.landed[met] += 1

@@ -24,9 +24,9 @@ models: taps loading shared_prefix teacher decoding generation vllm_engine engin
 training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
-evaluation: browse style arms plots figures
+evaluation: browse style arms plots figures grid study study_figure
 app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: quickstart doctor methods command bake_command cli
+app: quickstart doctor methods command bake_command cells study_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

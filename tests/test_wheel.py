@@ -68,7 +68,13 @@ def installed(wheel, tmp_path_factory):
 def test_what_it_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     of = {p.relative_to(root).as_posix() for p in (root / "icl_distill").rglob("*.py")}
-    for folder in ("configs", "configs/methods", "configs/plan", "configs/accelerate"):
+    for folder in (
+        "configs",
+        "configs/methods",
+        "configs/plan",
+        "configs/accelerate",
+        "configs/studies",
+    ):
         of |= {f"icl_distill/{folder}/{p.name}" for p in (root / folder).glob("*.yaml")}
     of.add("icl_distill/results/reported.json")
     info = {n for n in names if ".dist-info/" in n}

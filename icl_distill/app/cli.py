@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import icl_distill.app.bake_command  # noqa: F401 (two more commands)
+import icl_distill.app.study_command  # noqa: F401 (another)
 from .command import Conf, Over, app, command
 from ..core.devices import calm_threads
 from ..core.files import InputError, input_errors

@@ -118,7 +118,7 @@ def _find(name: str, beside: Path | None = None) -> Path:
     raise InputError(f"config {name!r}: no such file{by}; {hint}")
 
 # %% ../../nbs/core/04_config.ipynb #cf013
-def _read_file(name: str, beside: Path | None = None, seen: tuple = ()) -> list:
+def read_layers(name: str, beside: Path | None = None, seen: tuple = ()) -> list:
     "Pairs of where and values: the file, and before it the one that it extends."
     path = _find(name, beside).resolve()
     if path in seen:
@@ -137,7 +137,7 @@ def _read_file(name: str, beside: Path | None = None, seen: tuple = ()) -> list:
         return [(path.name, values)]
     if not (isinstance(base, str) and base):
         raise InputError(f"config {path.name}: `extends` must name one file")
-    return [*_read_file(base, path, (*seen, path)), (path.name, values)]
+    return [*read_layers(base, path, (*seen, path)), (path.name, values)]
 
 # %% ../../nbs/core/04_config.ipynb #cf016
 RENAMED = {
@@ -236,10 +236,10 @@ def _check_layer(values: dict, where: str):
                 raise InputError(explain(error, Config, values, where)) from e
 
 
-def _merge(low: dict, high: dict) -> dict:
+def merge(low: dict, high: dict) -> dict:
     "Keys and values upon each other; a list is replaced."
     both = {k for k in low if isinstance(low[k], dict) and isinstance(high.get(k), dict)}
-    return {**low, **high, **{k: _merge(low[k], high[k]) for k in both}}
+    return {**low, **high, **{k: merge(low[k], high[k]) for k in both}}
 
 # %% ../../nbs/core/04_config.ipynb #cf024
 def load_config(
@@ -248,13 +248,13 @@ def load_config(
     section: str | None = None,  # where a key without a dot belongs, such as 'train'
 ) -> Config:
     "The typed config. Raises `InputError` naming file (or argument) and key."
-    layers = [] if path is None else _read_file(str(path))
+    layers = [] if path is None else read_layers(str(path))
     layers += [(repr(o), _override(o, section)) for o in overrides]
     merged: dict = {}
     for where, values in layers:
         values = _of_today(values, where)
         _check_layer(values, where)
-        merged = _merge(merged, values)
+        merged = merge(merged, values)
     return Config(**merged)
 
 # %% ../../nbs/core/04_config.ipynb #cf028

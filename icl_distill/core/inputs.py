@@ -94,6 +94,9 @@ class TaskConfig(Section):
     test_path: Text | None = setting(None, "jsonl: the test file")
     test_sets: TextByName = setting({}, "further test files (JSONL or CSV) by name")
     strip_annotations: Switch = setting(False, "gsm8k: remove the calculator annotations <<…>>")
+    wrong_share: Fraction = setting(
+        0.0, "of the training answers, exchanged with each other: wrong labels, for studies"
+    )
     n_train: PositiveInt | None = setting(
         None, "at most this many; default: all there are; generated: 8, or 2000 word problems"
     )

@@ -23,6 +23,7 @@ from ..core.hub import tokenizer_hash
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
+from ..data.examples import with_wrong_answers
 from ..data.prompts import Prompter
 from ..data.tasks import Task
 
@@ -156,6 +157,7 @@ def prepare(
     read = contexts if cfg.has_teacher else None  # by the teacher
     reserved = contexts.reserved if contexts else frozenset()
     usable = [e for e in task.train if e.id not in reserved]
+    usable = with_wrong_answers(usable, cfg.task.wrong_share, cfg.task.seed)
     faster = by_pieces(prompter)
     with tqdm(usable, desc="encoding examples", disable=not progress, leave=False) as bar:
         aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
