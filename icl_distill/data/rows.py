@@ -91,7 +91,7 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
     return InputError(f"{path}: not UTF-8 ({error}); if it is Latin-1, {_anew('LATIN1', path)}")
 
 # %% ../../nbs/data/01_rows.ipynb #rw014
-def _lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     "The lines of a UTF-8 file, with or without a byte order mark; one at a time is held."
     _check_text(path)
     try:
@@ -117,7 +117,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 def json_lines(path: Path) -> Iterator[Row]:
     "The objects of a file of JSON lines. Raises `InputError`."
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(text_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, _fields(parse_json(line, where), where)
@@ -128,7 +128,7 @@ _LISTS = ("messages", "conversations", "prompt", "completion")  # fields that ma
 
 def _json_file(path: Path) -> Iterator[Row]:
     "The rows of a JSON array, or of JSON lines in a file called .json."
-    text = "\n".join(_lines(path))
+    text = "\n".join(text_lines(path))
     if text.lstrip().startswith("["):
         for number, value in enumerate(parse_json(text, str(path)), 1):
             where = f"{path}, row {number}"

@@ -17,7 +17,8 @@ from ..core.config import TaskConfig
 from ..core.files import InputError
 from ..core.pace import say
 from .examples import Example, Question, Score, ScoringRule, folded, unclear_gold
-from .formats import read_examples, read_jsonl, read_questions
+from .formats import read_examples, read_questions
+from .rows import hub_name
 from .small_tasks import small_task_splits
 from .word_problems import problem_splits
 
@@ -118,34 +119,15 @@ def _first(examples: list[Example], n: int | None, key: str) -> list[Example]:
     return examples[:n]
 
 # %% ../../nbs/data/05_tasks.ipynb #c022
-def _from_hub(name: str) -> dict[str, list[Example]]:
-    "Both splits of a copy of GSM8K on the hub."
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, "main")
-    except Exception as e:
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise InputError(
-            f"task.path {name!r} could not be loaded from the hub ({reason}); "
-            f"a local folder with train.jsonl and test.jsonl works too"
-        ) from e
-    splits = {}
-    for split in ("train", "test"):
-        rows = enumerate(data[split])
-        splits[split] = [Example(f"{split}-{i}", r["question"], r["answer"]) for i, r in rows]
-    return splits
-
-
 def _gsm8k_splits(path: str) -> dict[str, list[Example]]:  # train and test
     "As published, from a folder or the hub."
     if Path(path).is_dir():
-        return {s: read_jsonl(Path(path) / f"{s}.jsonl", s) for s in ("train", "test")}
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return {s: read_examples(Path(path) / f"{s}.jsonl", s) for s in ("train", "test")}
+    if not hub_name(path):
         raise InputError(
             f"task.path {path!r}: no such folder, and not a hub id of the form 'owner/name'"
         )
-    return _from_hub(path)
+    return {s: read_examples(path, s, {"subset": "main", "split": s}) for s in ("train", "test")}
 
 # %% ../../nbs/data/05_tasks.ipynb #tk08
 def _without_annotations(example: Example) -> Example:
@@ -169,8 +151,19 @@ def _check_jsonl(cfg: TaskConfig) -> tuple[str, str]:  # path, test_path
     return cfg.path, cfg.test_path
 
 
-def _read(cfg: TaskConfig, path: str, prefix: str) -> list[Example]:
-    examples = read_examples(path, prefix, cfg.question_field, cfg.answer_field)
+_SPLITS = {"dev_path": "validation", "test_path": "test"}  # of a data set; the others: train
+
+
+def _options(cfg: TaskConfig, key: str) -> dict[str, str]:
+    "How the file under a key is read: the task's names of fields, and its own format."
+    names = {"question": cfg.question_field, "answer": cfg.answer_field}
+    others = {field: name for field, name in names.items() if name != field}
+    split = _SPLITS.get(key, "test" if key in cfg.test_sets else "train")
+    return {**others, "split": split, **cfg.formats.get(key, {})}
+
+
+def _read(cfg: TaskConfig, path: str, prefix: str, key: str) -> list[Example]:
+    examples = read_examples(path, prefix, _options(cfg, key))
     if cfg.extract == "number":
         _say_unclear(examples)
     return examples
@@ -182,7 +175,7 @@ def _say_unclear(examples: list[Example]):
     if not found:
         return
     where, there, by = found[0]
-    lines = ", ".join(place.rpartition("line ")[2] for place, *_ in found[1:21])
+    lines = ", ".join(place.rpartition(" ")[2] for place, *_ in found[1:21])
     more = f"; so are those in lines {lines}{', …' if len(found) > 21 else ''}" if lines else ""
     say(
         f"{where}: the gold answer {there[:40]!r} is compared by {by!r} alone{more}. "
@@ -192,13 +185,13 @@ def _say_unclear(examples: list[Example]):
 
 def _jsonl(cfg: TaskConfig) -> Task:
     path, test_path = _check_jsonl(cfg)
-    train = _read(cfg, path, "train")
+    train = _read(cfg, path, "train", "path")
     if cfg.dev_path:
-        dev = _read(cfg, cfg.dev_path, "dev")
+        dev = _read(cfg, cfg.dev_path, "dev", "dev_path")
     else:
         train, dev = split_dev(train, cfg.n_dev or 50, cfg.seed)
     train = _first(train, cfg.n_train, "n_train")
-    test = _first(_read(cfg, test_path, "test"), cfg.n_test, "n_test")
+    test = _first(_read(cfg, test_path, "test", "test_path"), cfg.n_test, "n_test")
     return Task("jsonl", train, dev, {"test": test}, cfg.extract, cfg.regex)
 
 # %% ../../nbs/data/05_tasks.ipynb #tk09c
@@ -207,13 +200,16 @@ _MOST_QUESTIONS = 256  # of a file, where task.n_questions is not given
 
 def _shots_and_questions(cfg: TaskConfig) -> Task:
     "A task of one's own with questions: shots from `task.path`, and whatever else has a file."
-    shots = _first(_read(cfg, cfg.path, "train"), cfg.n_train, "n_train") if cfg.path else []
-    dev = _read(cfg, cfg.dev_path, "dev") if cfg.dev_path else []
+    shots = (
+        _first(_read(cfg, cfg.path, "train", "path"), cfg.n_train, "n_train") if cfg.path else []
+    )
+    dev = _read(cfg, cfg.dev_path, "dev", "dev_path") if cfg.dev_path else []
     tests = {}
     if cfg.test_path:
-        tests["test"] = _first(_read(cfg, cfg.test_path, "test"), cfg.n_test, "n_test")
+        test = _read(cfg, cfg.test_path, "test", "test_path")
+        tests["test"] = _first(test, cfg.n_test, "n_test")
     most = cfg.n_questions or _MOST_QUESTIONS
-    questions = read_questions(str(cfg.questions_path), most, cfg.question_field)
+    questions = read_questions(str(cfg.questions_path), most, _options(cfg, "questions_path"))
     return Task("jsonl", shots, dev, tests, cfg.extract, cfg.regex, questions=questions)
 
 # %% ../../nbs/data/05_tasks.ipynb #tk09f
@@ -282,7 +278,7 @@ def load_task(
     task = _made(cfg)
     for name, path in cfg.test_sets.items():
         _check_set_name(name)
-        task.tests[name] = _read(cfg, path, name)
+        task.tests[name] = _read(cfg, path, name, name)
     if task.questions and (task.train or cfg.path):
         check_shots(task.train)
     check_leaks(task)
