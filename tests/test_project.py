@@ -18,7 +18,8 @@ package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
-data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
+data: examples rows shapes formats word_problems small_tasks tasks system_text
+data: contexts templates prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches fill state step on_policy trackers setup loop answers labels

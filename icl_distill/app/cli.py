@@ -141,11 +141,13 @@ def align_command(
     from icl_distill.data.alignment import show_alignment
     from icl_distill.data.contexts import Contexts
     from icl_distill.data.prompts import Prompter
+    from icl_distill.data.system_text import with_system
     from icl_distill.data.tasks import load_task
 
     cfg = load_config(config, overrides or [])
     tok = load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     task = load_task(cfg.task)
+    cfg = with_system(cfg, task)
     contexts, prompter = Contexts(cfg.context, task.train), Prompter(tok, cfg.prompt)
     usable = [e for e in task.train if e.id not in contexts.reserved]
     if not 0 <= index < len(usable):

@@ -9,7 +9,6 @@ __all__ = ['common_length', 'Renderer', 'Encoder', 'Prompter']
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from ..core.config import PromptConfig
@@ -121,8 +120,10 @@ class Renderer:
     def _asked(self, question: str) -> list[tuple[str, str]]:  # role and content
         "The turns of a question: its earlier ones, and itself."
         earlier, last = turns_of(question)
-        pairs = [(("user", self._user(asked)), ("assistant", said)) for asked, said in earlier]
-        return [*chain.from_iterable(pairs), ("user", self._user(last))]
+        turns = []
+        for asked, said in earlier:
+            turns += [("user", self._user(asked)), ("assistant", self.spaced(said))]
+        return [*turns, ("user", self._user(last))]
 
     def _user(self, text: str) -> str:
         return self.cfg.question_format.replace("{question}", text)

@@ -255,7 +255,7 @@ def _from_hub(name: str, split: str, subset: str | None, revision: str | None) -
     return _typed(f"{name} ({split})", data, data.features)
 
 # %% ../../nbs/data/01_rows.ipynb #rw030
-_HUB = re.compile(r"(?:hf://datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)")
+_HUB = re.compile(r"(?:hf:/+datasets/)?([\w-][\w.-]*/[\w-][\w.-]*)")
 _KINDS = {  # the endings of files that are read
     ".csv": lambda path: _table(path, ","),
     ".tsv": lambda path: _table(path, "\t"),
