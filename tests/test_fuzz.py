@@ -436,7 +436,7 @@ SAID = {  # what the words of a type promise
     "a text": lambda x: True,
     "true or false": lambda x: True,
     "names, each with a text": lambda x: True,
-    "names, each with names and their texts": lambda x: True,
+    "names, each with names and their texts": lambda x: not x,  # a name is one of a file
     "a list of texts, at least one": bool,
     "a text that is not empty": lambda x: bool(x.strip()),
     "a text with {question} in it": lambda x: "{question}" in x,
@@ -507,9 +507,6 @@ def fits(value, kind) -> bool:
 
     if origin is list:
         ok = type(value) is list and all(map(one, value))
-    elif origin is dict and get_origin(get_args(kind)[-1]) is dict:  # names with names
-        of, one = dict, lambda v: all(type(x) is str for pair in v.items() for x in pair)
-        ok = type(value) is dict and all(type(v) is of and one(v) for v in value.values())
     elif origin is dict:
         ok = type(value) is dict and all(type(k) is str and one(v) for k, v in value.items())
     else:

@@ -26,7 +26,7 @@ def _file(text: str):
 class BakeOptions:
     "What `icl-distill bake` is given."
 
-    questions: Annotated[Path, _file(f"without answers: {_KINDS}, or a text with a question a line")]
+    questions: Annotated[Path, _file("without answers: as the shots, or a question a line")]
     out: Annotated[Path, typer.Option(help="the folder to write; resumed where it exists")]
     shots: Annotated[Path | None, _file(f"worked examples: {_KINDS}")] = None
     model: Annotated[
