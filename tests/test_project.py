@@ -26,8 +26,8 @@ training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures
-app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: quickstart doctor methods command bake_command cli
+app: estimate plan launched monitor launch widgets export preflight data_report usage
+app: card report bake quickstart doctor methods command bake_command cli
 testing
 """
 LINES_OF_A_MODULE = 320
