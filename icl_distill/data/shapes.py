@@ -119,6 +119,17 @@ def _parsed(where: str, turns: list[_Turn], system: str = "") -> Parsed:
     return Parsed(where, question, answer, system)
 
 # %% ../../nbs/data/01_shapes.ipynb #sh012
+def _there(row: dict[str, Any]) -> str:
+    "Which fields a row has, and what to do with them."
+    if list(row) == ["text"]:
+        return "'text' alone: write prompt and answer apart, as question and answer"
+    return (
+        f"it has {', '.join(map(repr, row)) or 'none'}; say which they are with "
+        f"task.question_field and task.answer_field, or for one file as in "
+        f"task.formats.path.question=NAME"
+    )
+
+
 class _View:
     "A row under our names for its fields; what is read is remembered."
 
@@ -133,11 +144,7 @@ class _View:
         "Raises `InputError` where there is no such field."
         name = self.name(field)
         if name not in self.row:
-            there = ", ".join(map(repr, self.row)) or "none"
-            raise InputError(
-                f"{self.where}: no field {name!r}; it has {there} "
-                f"(see task.question_field and task.answer_field, and task.formats for one file)"
-            )
+            raise InputError(f"{self.where}: no field {name!r}; {_there(self.row)}")
         self.left.pop(name, None)
         return self.row[name]
 
@@ -228,12 +235,8 @@ def _found(where: str, row: dict[str, Any], alone: bool) -> str:
     for shape, fields in SHAPES.items():
         if fields[0] in row and (alone or fields[-1] in row):
             return shape
-    there = ", ".join(map(repr, row)) or "none"
     wanted = "'question'" if alone or "question" not in row else "'answer'"
-    raise InputError(
-        f"{where}: no field {wanted}, nor those of another shape; it has {there} "
-        f"(see task.question_field and task.answer_field, and task.formats for one file)"
-    )
+    raise InputError(f"{where}: no field {wanted}, nor those of another shape; {_there(row)}")
 
 # %% ../../nbs/data/01_shapes.ipynb #sh018
 class RowReader:
