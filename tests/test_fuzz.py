@@ -28,7 +28,7 @@ from icl_distill.data.prompts import Prompter
 from icl_distill.data.templates import DATE
 from icl_distill.data.contexts import Context
 from icl_distill.data.examples import Example
-from icl_distill.data.formats import read_jsonl
+from icl_distill.data.formats import read_examples
 from icl_distill.data.tasks import Task
 
 from helpers_data import (
@@ -381,7 +381,7 @@ def test_jsonl(rows, bom, end, last, broken):
         path.write_bytes(data)
         wrong = next((i for i, (_, x) in enumerate(rows, 1) if x is None), None)
         try:
-            got = read_jsonl(path, "train")
+            got = read_examples(path, "train")
         except InputError as e:
             if broken is not None:
                 assert str(e).startswith(f"{path}: not UTF-8")
@@ -436,6 +436,7 @@ SAID = {  # what the words of a type promise
     "a text": lambda x: True,
     "true or false": lambda x: True,
     "names, each with a text": lambda x: True,
+    "names, each with names and their texts": lambda x: not x,  # a name is one of a file
     "a list of texts, at least one": bool,
     "a text that is not empty": lambda x: bool(x.strip()),
     "a text with {question} in it": lambda x: "{question}" in x,

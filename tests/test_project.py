@@ -18,15 +18,16 @@ package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
-data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
+data: examples rows shapes formats word_problems small_tasks tasks system_text
+data: contexts templates prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures grid study study_figure
-app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: quickstart doctor methods command bake_command cells study_command cli
+app: estimate plan launched monitor launch widgets export preflight data_report usage
+app: card report bake quickstart doctor methods command bake_command cells study_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl_distill.core.config import TaskConfig
-from icl_distill.data import formats
+from icl_distill.data import shapes
 from icl_distill.data.examples import Example, Question
-from icl_distill.data.formats import read_examples, read_jsonl, read_questions
+from icl_distill.data.formats import read_examples, read_questions
 from icl_distill.data.tasks import Task, check_leaks, check_shots, load_task
 from icl_distill.testing import raises
 
@@ -66,8 +66,8 @@ def test_a_table_and_json_lines_are_the_same(rows):
     with tempfile.TemporaryDirectory() as tmp:
         rows = [("q", "a"), *rows]
         table, lines = write(tmp, "a.csv", as_csv(rows)), write(tmp, "a.jsonl", as_jsonl(rows))
-        read = read_examples(table, "t", "q", "a")
-        assert read == read_examples(lines, "t", "q", "a") == read_jsonl(lines, "t", "q", "a")
+        names = {"question": "q", "answer": "a"}
+        assert read_examples(table, "t", names) == read_examples(lines, "t", names)
 
 
 def test_a_plain_table(tmp_path):
@@ -185,7 +185,7 @@ def test_a_broken_answer_does_not_matter(tmp_path):
     path = write(tmp_path, "a.jsonl", [{"question": "Who?", "answer": None}])
     assert read_questions(path, 9) == [Question("question-0", "Who?")]
     other = write(tmp_path, "b.jsonl", [{"q": 7}])
-    assert read_questions(other, 9, "q") == [Question("question-0", "7")]
+    assert read_questions(other, 9, {"question": "q"}) == [Question("question-0", "7")]
 
 
 N = 20_000
@@ -202,8 +202,8 @@ def test_reading_stops_early(kind, tmp_path, monkeypatch):
     }[kind]()
     path = write(tmp_path, f"a{kind}", text.encode() + b"\n\xff\xff")
     checked = []
-    real = formats._field_text
-    monkeypatch.setattr(formats, "_field_text", lambda *a: checked.append(a) or real(*a))
+    real = shapes._text
+    monkeypatch.setattr(shapes, "_text", lambda *a: checked.append(a) or real(*a))
     questions = read_questions(path, 100)
     assert [q.question for q in questions] == [q for (q,) in rows[1:101]]
     assert len(checked) == 101
@@ -226,8 +226,8 @@ def test_reading_stops_early(kind, tmp_path, monkeypatch):
         ("a.csv", 'question\nWho?\n"Why?\nAnswer: so"\n', ["line 4", "Answer:"]),
         ("a.jsonl", "Who?\n", ["line 1", "not JSON"]),
         ("a.jsonl", '{"q": "Who?"}\n', ["line 1", "'question'", "'q'", "task.question_field"]),
-        ("a.jsonl", '["Who?"]\n', ["line 1", "an object with 'question'"]),
-        ("a.json", '[{"question": "Who?"}]\n', ["line 1", "an object"]),
+        ("a.jsonl", '["Who?"]\n', ["line 1", "an object with fields"]),
+        ("a.jsonl", '[{"question": "Who?"}]\n', ["line 1", "an object", "name the file .json"]),
         ("a.csv", "Who?\nWhy?\n", ["line 2", "'question'", "'Who?'"]),
         ("a.csv", "question,answer\nWhy?\n", ["line 2", "1 fields"]),
         ("a.txt", "", ["no questions"]),

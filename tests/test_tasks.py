@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from icl_distill.core.config import TaskConfig
 from icl_distill.data.examples import Example, extract_flexible, extract_strict, normalise
-from icl_distill.data.formats import read_jsonl
+from icl_distill.data.formats import read_examples
 from icl_distill.data.tasks import Task, check_leaks, load_task, split_dev
 from icl_distill.data.word_problems import word_problem
 from icl_distill.testing import raises
@@ -224,28 +224,28 @@ BAD = {
 def test_a_bad_line_is_named(bad, tmp_path):
     path = write(tmp_path, "mine.jsonl", LINE + "\n" + LINE + bad + "\n" + LINE)
     with raises(f"{path}, line 4"):
-        read_jsonl(path, "train")
+        read_examples(path, "train")
 
 
 def test_a_missing_field_says_which_there_are(tmp_path):
     path = write(tmp_path, "mine.jsonl", [{"prompt": "a", "answer": "b"}])
     with raises("'question'", "'prompt'", "task.question_field"):
-        read_jsonl(path, "train")
-    assert read_jsonl(path, "train", "prompt") == [Example("train-0", "a", "b")]
+        read_examples(path, "train")
+    assert read_examples(path, "train", {"question": "prompt"}) == [Example("train-0", "a", "b")]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\r\n", "\ufeff".encode(), b"\xff\xfe{", b"\x80"])
 def test_not_a_file_of_examples(content, tmp_path):
     path = write(tmp_path, "mine.jsonl", content)
     with raises(path):
-        read_jsonl(path, "train")
+        read_examples(path, "train")
 
 
 def test_no_such_file(tmp_path):
     with raises("x.jsonl", "no such file"):
-        read_jsonl(tmp_path / "x.jsonl", "train")
+        read_examples(tmp_path / "x.jsonl", "train")
     with raises("no such file"):
-        read_jsonl(tmp_path, "train")
+        read_examples(tmp_path, "train")
 
 
 def test_what_is_accepted(tmp_path):
@@ -253,13 +253,13 @@ def test_what_is_accepted(tmp_path):
         '\ufeff{"question": "a", "answer": 7, "more": [1]}\r\n'
         + '\r\n   \n{"answer": "ü\u2028\u0085 \\n x", "question": "سؤال 😀"}'
     )
-    assert read_jsonl(write(tmp_path, "a.jsonl", text), "train") == [
+    assert read_examples(write(tmp_path, "a.jsonl", text), "train") == [
         Example("train-0", "a", "7"),
         Example("train-1", "سؤال 😀", "ü\u2028\u0085 \n x"),
     ]
     row = '{"question": "a", "answer": %s}'
     for n in ("1.50", "-3", "1e22", "12345678901234567890.5", "9" * 5000):
-        (e,) = read_jsonl(write(tmp_path, "b.jsonl", row % n), "train")
+        (e,) = read_examples(write(tmp_path, "b.jsonl", row % n), "train")
         assert e.answer == n and type(e.answer) is str  # as it is written
 
 
@@ -279,7 +279,7 @@ def test_any_text_survives(rows, end, ascii):
             "a.jsonl",
             end.join(json.dumps({"question": q, "answer": a}, ensure_ascii=ascii) for q, a in rows),
         )
-        assert [(e.question, e.answer) for e in read_jsonl(path, "t")] == rows
+        assert [(e.question, e.answer) for e in read_examples(path, "t")] == rows
 
 
 # --- your own task

@@ -29,6 +29,7 @@ from ..core.runs import Evaluation, Run
 from ..data.contexts import Context
 from ..data.examples import Example, Question, ScoringRule
 from ..data.prompts import Prompter
+from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from ..evaluation.conditions import Condition
 from ..evaluation.evaluate import evaluate, out_path
@@ -118,6 +119,7 @@ def set_up(cfg: Config, progress: bool = True) -> Work:
             "a bake makes labels, it has no gold answers: answers.source must be teacher or agreed"
         )
     task, model = load_task(cfg.task), cfg.model
+    cfg = with_system(cfg, task)
     check_answers(cfg, task)
     tok = load_tokenizer(model.name, model.revision, model.trust_remote_code)
     cfg, machine = settled(cfg), machine_of(cfg)
@@ -301,8 +303,8 @@ def merged(baked: Baked) -> Path:
 
 # %% ../../nbs/app/12_bake.ipynb #bk20
 def bake(
-    shots: Path | str,  # worked examples: JSONL or CSV with question and answer
-    questions: Path | str,  # without answers: JSONL, CSV, or a question a line
+    shots: Path | str,  # worked examples: a file that `read_examples` reads
+    questions: Path | str,  # without answers: likewise, or a text with a question a line
     out: Path | str,  # the run's folder
     model: str | None = None,  # a hub id, a folder, or a `pypi:` name; None: the small real one
     test: Path | str | None = None,  # examples to be judged by, in the shots' form

@@ -15,6 +15,9 @@ import typer
 from .command import Over, command, given
 
 # %% ../../nbs/app/16_bake_command.ipynb #c005b
+_KINDS = "JSONL, JSON, CSV, Parquet, Arrow, or a data set on the hub"
+
+
 def _file(text: str):
     return typer.Option(help=text, metavar="FILE")
 
@@ -23,11 +26,9 @@ def _file(text: str):
 class BakeOptions:
     "What `icl-distill bake` is given."
 
-    questions: Annotated[Path, _file("without answers: JSONL, CSV, or a question a line")]
+    questions: Annotated[Path, _file("without answers: as the shots, or a question a line")]
     out: Annotated[Path, typer.Option(help="the folder to write; resumed where it exists")]
-    shots: Annotated[Path | None, _file("worked examples: JSONL or CSV, question and answer")] = (
-        None
-    )
+    shots: Annotated[Path | None, _file(f"worked examples: {_KINDS}")] = None
     model: Annotated[
         str | None, typer.Option(help="a hub id or a folder; default: SmolLM2-135M")
     ] = None

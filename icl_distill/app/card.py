@@ -23,6 +23,7 @@ from ..core.files import InputError
 from ..core.hub import WHEELS, load_tokenizer
 from ..core.record_lines import RecordLine
 from ..core.results import Comparison, Results
+from ..data.examples import turns_of
 from ..data.prompts import Prompter
 from ..data.templates import make_default
 from ..evaluation.tables import as_markdown, notes, table_rows
@@ -227,7 +228,7 @@ def _tokenizer(cfg: Config):
 def _card(baked: Baked, name: str, prompter: Prompter) -> str:
     from huggingface_hub import ModelCard
 
-    cfg, question = baked.cfg, next(iter(baked.questions.values()))
+    cfg, question = baked.cfg, turns_of(next(iter(baked.questions.values())))[1]
     usage = Usage(cfg, prompter, name, question, baked.results.conditions["baked"].step)
     listed = "\n".join(f"- {sentence}" for sentence in limits(baked))
     said = "\n\n".join(result_notes(baked))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_command', 'evaluate_command', 'report_command', 'figures_command', 'config_command', 'methods_command',
-           'align_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command', 'main']
+           'align_command', 'data_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command',
+           'main']
 
 # %% ../../nbs/app/17_cli.ipynb #h0141
 from pathlib import Path
@@ -142,11 +143,13 @@ def align_command(
     from icl_distill.data.alignment import show_alignment
     from icl_distill.data.contexts import Contexts
     from icl_distill.data.prompts import Prompter
+    from icl_distill.data.system_text import with_system
     from icl_distill.data.tasks import load_task
 
     cfg = load_config(config, overrides or [])
     tok = load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     task = load_task(cfg.task)
+    cfg = with_system(cfg, task)
     contexts, prompter = Contexts(cfg.context, task.train), Prompter(tok, cfg.prompt)
     usable = [e for e in task.train if e.id not in contexts.reserved]
     if not 0 <= index < len(usable):
@@ -156,6 +159,21 @@ def align_command(
     example = usable[index]
     prompt = prompter.render(contexts(example), example.question).plain
     show_alignment(tok, align_one(prompter, contexts(example), example), prompt)
+
+# %% ../../nbs/app/17_cli.ipynb #c014e
+@command("icl-distill data mine.csv --model Qwen/Qwen3-1.7B")
+def data_command(
+    source: Annotated[str, typer.Argument(help="a file or a data set on the hub", metavar="FILE")],
+    overrides: Over = None,
+    model: Annotated[
+        str | None, typer.Option(help="a hub id or a folder: shows how it reads them, with lengths")
+    ] = None,
+    questions: Annotated[bool, typer.Option("--questions", help="there are no answers")] = False,
+):
+    "Print what is understood of a file: shape, examples, repeated questions, what will not fit."
+    from icl_distill.app.data_report import data_report
+
+    print("\n".join(data_report(source, model, questions, overrides or [])))
 
 # %% ../../nbs/app/17_cli.ipynb #c014d
 @command("icl-distill doctor")

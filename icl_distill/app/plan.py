@@ -74,11 +74,13 @@ def lengths_of(
     from icl_distill.data.alignment import align
     from icl_distill.data.contexts import Contexts
     from icl_distill.data.prompts import Prompter
+    from icl_distill.data.system_text import with_system
     from icl_distill.data.tasks import load_task
 
     model = cfg.model
     try:
         task = load_task(cfg.task)
+        cfg = with_system(cfg, task)
         tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
         prompter = Prompter(tokenizer, cfg.prompt)
     except (InputError, OSError) as error:

@@ -19,7 +19,7 @@ from ..core.hub import tokenizer_hash
 from ..core.runs import Run
 from ..core.strict import Count, Share, Strict, checked, read_json
 from ..data.contexts import Context
-from ..data.examples import Example
+from ..data.examples import Example, folded
 from ..data.prompts import Prompter
 from ..data.tasks import Task
 from ..training.labels import Labels
@@ -43,7 +43,8 @@ def behind(
 ) -> Context:
     "What the prompted model reads, without the example itself."
     text = cfg.context.text if cfg.context.kind == "text" else None
-    return Context(tuple(shot for shot in task.train if shot.question != example.question), text)
+    own = folded(example.question)
+    return Context(tuple(shot for shot in task.train if folded(shot.question) != own), text)
 
 # %% ../../nbs/app/08_preflight.ipynb #pf09
 def gold_nll(

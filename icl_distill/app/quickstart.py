@@ -44,6 +44,7 @@ def set_up(
     from icl_distill.core.devices import settled
     from icl_distill.core.hub import load_tokenizer
     from icl_distill.data.prompts import Prompter
+    from icl_distill.data.system_text import with_system
     from icl_distill.data.tasks import load_task
     from icl_distill.evaluation.conditions import base_condition, item_sets, make_prompts
     from icl_distill.models.generation import TransformersEngine
@@ -52,6 +53,7 @@ def set_up(
 
     cfg = settled(cfg)
     task = load_task(cfg.task)
+    cfg = with_system(cfg, task)
     tok = load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     prompter, model = Prompter(tok, cfg.prompt), load_model(cfg.model)
     if not cfg.has_teacher:

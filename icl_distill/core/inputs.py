@@ -7,6 +7,7 @@ __all__ = ['ModelConfig', 'LoraConfig', 'TaskConfig', 'PromptConfig', 'ContextCo
 
 # %% ../../nbs/core/03_inputs.ipynb #in004
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -25,6 +26,7 @@ from icl_distill.core.sections import (
     Text,
     TextByName,
     Texts,
+    TextsByName,
     disagree,
     setting,
 )
@@ -42,6 +44,35 @@ WorkedSteps = Annotated[
     Field(min_length=1),
     Must("a list of some of 1, 2, 3"),
 ]
+
+# %% ../../nbs/core/03_inputs.ipynb #in009
+SHAPES = {
+    "question_answer": ("question", "answer"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}  # of a row, and the fields that are read
+FORMAT_KEYS = ("shape", "split", "subset", "revision", *(f for fs in SHAPES.values() for f in fs))
+FILE_KEYS = ("path", "questions_path", "dev_path", "test_path")
+
+
+def check_format(file: str, options: dict[str, str], files: Sequence[str]):
+    "Raises where a file of `task.formats` is none of `files`, or an option cannot be."
+    if file not in files:
+        raise disagree(f"task.formats: {file!r} is no file; it must be one of {', '.join(files)}")
+    for key, value in options.items():
+        if key not in FORMAT_KEYS:
+            raise disagree(
+                f"task.formats.{file}: unknown key {key!r}; known are {', '.join(FORMAT_KEYS)}"
+            )
+        if not value.strip():
+            raise disagree(f"task.formats.{file}.{key} is empty")
+    shape = options.get("shape")
+    if shape and shape not in SHAPES:
+        raise disagree(
+            f"task.formats.{file}.shape is {shape!r}; it must be one of {', '.join(SHAPES)}"
+        )
 
 # %% ../../nbs/core/03_inputs.ipynb #sc008
 class ModelConfig(Section):
@@ -85,14 +116,16 @@ class TaskConfig(Section):
         "jsonl",
     ] = setting("gsm8k", "which task")
     path: Text | None = setting(
-        None, "gsm8k: hub id or folder with train.jsonl and test.jsonl; jsonl: the training file"
+        None,
+        "gsm8k: hub id or folder with train.jsonl and test.jsonl; jsonl: training data, a file "
+        "(JSONL, JSON, CSV, Parquet, Arrow) or a hub id",
     )
     questions_path: Text | None = setting(
-        None, "questions without answers: JSONL, CSV, or text with a question a line"
+        None, "questions without answers: such data, or text with a question a line"
     )
-    dev_path: Text | None = setting(None, "jsonl: the development file; default: taken from train")
-    test_path: Text | None = setting(None, "jsonl: the test file")
-    test_sets: TextByName = setting({}, "further test files (JSONL or CSV) by name")
+    dev_path: Text | None = setting(None, "jsonl: development data; default: taken from train")
+    test_path: Text | None = setting(None, "jsonl: test data")
+    test_sets: TextByName = setting({}, "further test data by name")
     strip_annotations: Switch = setting(False, "gsm8k: remove the calculator annotations <<…>>")
     wrong_share: Fraction = setting(
         0.0, "of the training answers, exchanged with each other: wrong labels, for studies"
@@ -112,10 +145,21 @@ class TaskConfig(Section):
     )
     seed: Seed = setting(0, "of the split, and of generated problems")
     steps: WorkedSteps = setting([1, 2, 3], "word_problems: worked steps, mixed evenly")
-    question_field: Text = setting("question", "jsonl: the question's key")
-    answer_field: Text = setting("answer", "jsonl: the answer's key")
+    question_field: Text = setting("question", "jsonl: the question's field, in every file")
+    answer_field: Text = setting("answer", "jsonl: the answer's field, in every file")
+    formats: TextsByName = setting(
+        {},
+        "jsonl: for a file (path, test_path …) its shape, its fields by our names (question: …), "
+        "and on the hub split, subset, revision",
+    )
     extract: Literal["number", "exact", "regex"] = setting("number", "jsonl: what is compared")
     regex: Text | None = setting(None, "for extract: regex; its first group is compared")
+
+    @model_validator(mode="after")
+    def _formats_fit(self):
+        for file, options in self.formats.items():
+            check_format(file, options, [*FILE_KEYS, *self.test_sets])
+        return self
 
     @model_validator(mode="after")
     def _regex_fits(self):

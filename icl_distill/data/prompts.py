@@ -15,7 +15,7 @@ from ..core.config import PromptConfig
 from ..core.files import InputError
 from ..core.pace import say
 from .contexts import Context
-from .examples import Example
+from .examples import Example, turns_of
 from icl_distill.data.templates import (
     ControlTokens,
     Marks,
@@ -46,8 +46,8 @@ class Renderer:
         system = "\n\n".join(s for s in (self.cfg.system, context.text) if s)
         turns = []
         for shot in context.shots:
-            turns += [("user", self._asked(shot.question)), ("assistant", self.spaced(shot.answer))]
-        turns.append(("user", self._asked(question)))
+            turns += [*self._asked(shot.question), ("assistant", self.spaced(shot.answer))]
+        turns += self._asked(question)
         if answer is not None:
             turns.append(("assistant", self.spaced(answer)))
         if system and self.template.folds_system:
@@ -117,8 +117,16 @@ class Renderer:
         found = re.match(rf"\s*(?:{self.control.pattern.pattern})", behind)
         return found[0] if found else ""
 
-    def _asked(self, question: str) -> str:
-        return self.cfg.question_format.replace("{question}", question)
+    def _asked(self, question: str) -> list[tuple[str, str]]:  # role and content
+        "The turns of a question: its earlier ones, and itself."
+        earlier, last = turns_of(question)
+        turns = []
+        for asked, said in earlier:
+            turns += [("user", self._user(asked)), ("assistant", self.spaced(said))]
+        return [*turns, ("user", self._user(last))]
+
+    def _user(self, text: str) -> str:
+        return self.cfg.question_format.replace("{question}", text)
 
     def _marks(self, text: str) -> Marks | None:  # None where there is nothing to hide
         if not self.control.pattern.search(text):

@@ -26,6 +26,7 @@ from ..core.pace import say
 from ..core.results import ConditionResult, Engine, Results, write_results
 from ..core.runs import Evaluation, Run
 from ..data.prompts import Prompter
+from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from .conditions import Condition, check_checkpoint, find_conditions
 from .jobs import Job, Setup, plan, run_jobs
@@ -84,6 +85,7 @@ def set_up(
 ) -> Setup:
     "As `evaluate`. Raises `InputError` where there is nothing to do, or a checkpoint is unusable."
     task, model = task or load_task(cfg.task), cfg.model
+    cfg = with_system(cfg, task)
     if engine is None:
         name, why = choose_engine(cfg.evaluate.engine, cfg.device)
         tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)

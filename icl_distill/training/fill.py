@@ -19,6 +19,7 @@ from ..core.hub import load_tokenizer
 from ..core.runs import Run
 from ..data.alignment import Aligned
 from ..data.prompts import Prompter
+from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from icl_distill.models.loading import (
     base_of,
@@ -102,6 +103,7 @@ def fill_targets(
     _check(cfg)
     cfg = settled(cfg)
     task = task or load_task(cfg.task)
+    cfg = with_system(cfg, task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
     model = (load_model(cfg.model) if model is None else model).to(machine_of(cfg).device)
     positions = positions_of(base_of(model).config)

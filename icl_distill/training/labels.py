@@ -22,6 +22,7 @@ from ..core.runs import Run
 from ..core.strict import Count, Strict
 from ..data.examples import Example, Question, ScoringRule
 from ..data.prompts import Prompter
+from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from ..models.engines import choose_engine, open_engine
 from ..models.generation import TransformersEngine
@@ -158,7 +159,9 @@ def judge(
     )
     texts = [(a.text, b.text if b else None) for a, b in zip(answers, others, strict=True)]
     rows = [
-        Labelled(id=q.id, question=q.question, teacher=a, labeller=b, why_not=reason, votes=found)
+        Labelled(
+            id=q.id, question=str(q.question), teacher=a, labeller=b, why_not=reason, votes=found
+        )
         for q, (a, b), reason, found in zip(questions, texts, reasons, votes, strict=True)
     ]
     return rows, counts
@@ -170,7 +173,8 @@ def answered_task(
     labelled: list[Labelled],
 ) -> Task:
     "The task with the teacher's answers to train on, and the shots among them."
-    answers = [Example(x.id, x.question, x.teacher.strip()) for x in labelled if not x.why_not]
+    asked = {q.id: q.question for q in several(task.questions, cfg.answers.n)}
+    answers = [Example(x.id, asked[x.id], x.teacher.strip()) for x in labelled if not x.why_not]
     repeated = [
         dataclasses.replace(shot, id=f"{shot.id}-{number}")
         for number in range(1, cfg.answers.shot_repeats + 1)
@@ -271,6 +275,7 @@ def train_on_answers(
     if source == "gold":
         return train(cfg, model, tok, task, progress)
     task = task or load_task(cfg.task)
+    cfg = with_system(cfg, task)
     if source == "student":
         check_answers(cfg, task)
         return train(cfg, model, tok, asked_task(task), progress)

@@ -17,6 +17,7 @@ from ..core.hub import load_model_config, load_tokenizer
 from ..core.pace import Pace, say_estimate
 from ..core.runs import Run
 from ..data.prompts import Prompter
+from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
@@ -163,6 +164,7 @@ def train(
         done = run.checkpoints()
         cfg = settle(cfg, done, model, shown)
         task = task or load_task(cfg.task)
+        cfg = with_system(cfg, task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
         about_model = load_model_config(cfg.model) if model is None else base_of(model).config
         prompter, positions = Prompter(tok, cfg.prompt), positions_of(about_model)
