@@ -132,6 +132,7 @@ def said(err, words, nothing=None):
         "estimate",
         "targets",
         "export",
+        "push",
     ],
 )
 def test_help_has_an_example(name):

@@ -26,7 +26,7 @@ train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures
 app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: quickstart doctor methods command bake_command cli
+app: push quickstart doctor methods command bake_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

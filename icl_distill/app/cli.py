@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_command', 'evaluate_command', 'report_command', 'figures_command', 'config_command', 'methods_command',
-           'align_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command', 'main']
+           'align_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command', 'push_command',
+           'main']
 
 # %% ../../nbs/app/17_cli.ipynb #h0141
 from pathlib import Path
@@ -228,6 +229,25 @@ def export_command(
     foreign = info.get("foreign")
     whose = "an adapter from elsewhere" if foreign else f"the adapter of step {info['step']}"
     print(f"{out}: {info['base_model']} with {whose}; log-probabilities agree within {off:.2g}")
+
+# %% ../../nbs/app/17_cli.ipynb #c016p
+@command("icl-distill push runs/quickstart/distill me/sums")
+def push_command(
+    run: Annotated[Path, typer.Argument(help="a run's folder, or that of a checkpoint in it")],
+    name: Annotated[str, typer.Argument(help="on the hub, such as me/sums")],
+    overrides: Over = None,
+    merge: Annotated[bool, typer.Option("--merge", help="a plain model, not the adapter")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="open to all; default: a private repository")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="a branch; default: main")] = None,
+):
+    "Send an adapter, or the merged model, with its model card to the hub."
+    from icl_distill.app.push import Destination, push_run
+
+    to = Destination(name, public, revision)
+    sent, address = push_run(run, to, merge, overrides or [])
+    print(f"{sent.folder} (step {sent.checkpoint.step}): {address}")
 
 # %% ../../nbs/app/17_cli.ipynb #c017
 def main():

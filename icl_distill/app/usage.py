@@ -80,19 +80,23 @@ class Usage:
     name: str  # the adapter's: a hub id or a folder
     question: str
     step: int | None = None  # of its checkpoint, in the run's folder
+    merged: bool = False  # it is a plain model and no adapter
 
     @property
     def blocks(self) -> dict[str, tuple[str, str]]:  # heading -> (language, code)
         "All of them; the later ones go on where `The prompt` ends."
-        merged = ("bash", f"icl-distill export RUN/checkpoints/{self._folder} merged")
-        out = {
-            "The prompt": ("python", self._setup),
-            "With peft": ("python", self._peft),
-            "As a plain model": merged,
-            "With transformers, merged": ("python", self._merged),
-            "By `pipeline`": ("python", self._pipeline),
-        }
-        return out | ({"With vLLM": ("python", self._vllm)} if self.cfg.lora.r <= 512 else {})
+        out = {"The prompt": ("python", self._setup)}
+        if not self.merged:
+            export = f"icl-distill export RUN/checkpoints/{self._folder} merged"
+            out |= {"With peft": ("python", self._peft), "As a plain model": ("bash", export)}
+        out["With transformers" if self.merged else "With transformers, merged"] = (
+            "python",
+            self._transformers,
+        )
+        out["By `pipeline`"] = ("python", self._pipeline)
+        if self.merged or self.cfg.lora.r <= 512:
+            out["With vLLM"] = ("python", self._vllm)
+        return out
 
     @property
     def _folder(self) -> str:
@@ -101,10 +105,11 @@ class Usage:
     @property
     def _setup(self) -> str:
         greedy = f"max_new_tokens={self.cfg.evaluate.max_new_tokens}, do_sample=False"
+        what = "merged" if self.merged else "adapter"
         return f"""from transformers import AutoTokenizer
 
-adapter = {_literal(self.name)}  # on the hub, or the folder with this file
-tok = AutoTokenizer.from_pretrained(adapter)
+{what} = {_literal(self.name)}  # on the hub, or the folder with this file
+tok = AutoTokenizer.from_pretrained({what})
 stops = {self.prompter.stop_ids}  # an answer ends at any of these
 greedy = dict({greedy}, repetition_penalty=1.0, eos_token_id=stops)
 
@@ -144,22 +149,34 @@ model = PeftModel.from_pretrained(model, adapter).eval()
 {self._ask}"""
 
     @property
-    def _merged(self) -> str:
+    def _plain(self) -> str:
+        return "merged" if self.merged else '"merged"'  # a name of the code, or a folder
+
+    @property
+    def _transformers(self) -> str:
         return f"""from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("merged", dtype={_literal(self.cfg.model.dtype)})
+model = AutoModelForCausalLM.from_pretrained({self._plain}, dtype={_literal(self.cfg.model.dtype)})
 {self._ask}"""
 
     @property
     def _pipeline(self) -> str:
         return f"""from transformers import pipeline
 
-ask = pipeline("text-generation", model="merged", dtype={_literal(self.cfg.model.dtype)})
+ask = pipeline("text-generation", model={self._plain}, dtype={_literal(self.cfg.model.dtype)})
 said = ask(prompt(question), add_special_tokens=False, return_full_text=False, **greedy)
 print(said[0]["generated_text"])"""
 
     @property
     def _vllm(self) -> str:
+        if self.merged:
+            return f"""from vllm import LLM, SamplingParams
+
+llm = LLM(merged, generation_config="vllm", dtype={_literal(self.cfg.model.dtype)})
+params = SamplingParams(temperature=0, max_tokens=greedy["max_new_tokens"], stop_token_ids=stops)
+ids = tok(prompt(question), add_special_tokens=False).input_ids
+said = llm.generate({{"prompt_token_ids": ids}}, params)
+print(said[0].outputs[0].text)"""
         rank = max(8, 1 << (self.cfg.lora.r - 1).bit_length())
         return f"""from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -182,6 +199,12 @@ def fenced(
     return f"{fence}{language}\n{text}\n{fence}"
 
 # %% ../../nbs/app/09_usage.ipynb #us17
+_ALONE = (
+    "`icl-distill export` wants the run's folder; whoever has the adapter alone merges it with "
+    '`model.merge_and_unload().save_pretrained("merged")` and `tok.save_pretrained("merged")`.'
+)
+
+
 def how_to_load(usage: Usage) -> str:
     "Markdown: the prompt of the question as it is rendered, and each block under its heading."
     rendered = usage.prompter.render(Context(), usage.question).plain
@@ -189,9 +212,7 @@ def how_to_load(usage: Usage) -> str:
         "A question is asked in the form that was trained, such as",
         fenced(rendered),
         "(a question that itself spells a control token of the tokenizer needs more care). "
-        "`icl-distill export` wants the run's folder; whoever has the adapter alone merges it with "
-        '`model.merge_and_unload().save_pretrained("merged")` and '
-        '`tok.save_pretrained("merged")`.',
+        + ("" if usage.merged else _ALONE),
     ]
     for heading, (language, code) in usage.blocks.items():
         out += [f"### {heading}", fenced(code, language)]
