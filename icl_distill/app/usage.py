@@ -70,6 +70,26 @@ def prompt_code(prompter: Prompter) -> str:
         lines.append(f"        strftime_now=datetime({day}).strftime,")
     return "\n".join([*top, "def prompt(question):", *lines, f"    ){end}"])
 
+# %% ../../nbs/app/09_usage.ipynb #us12b
+def _vllm_code(
+    base: str,  # lines that name the base model
+    llm: str,  # arguments of `vllm.LLM`
+    lora: bool = False,  # with an adapter
+) -> str:
+    "Python that asks vLLM; what a model's own generation config says is not heeded."
+    imports, request, more = "from vllm import LLM, SamplingParams", "", ""
+    if lora:
+        imports += f"\nfrom vllm.lora.request import LoRARequest\n{base}"
+        request = 'baked = LoRARequest("baked", 1, adapter)\n'
+        more = ", lora_request=baked"
+    return f"""{imports}
+
+llm = LLM({llm}, generation_config="vllm")
+params = SamplingParams(temperature=0, max_tokens=greedy["max_new_tokens"], stop_token_ids=stops)
+ids = tok(prompt(question), add_special_tokens=False).input_ids
+{request}said = llm.generate({{"prompt_token_ids": ids}}, params{more})
+print(said[0].outputs[0].text)"""
+
 # %% ../../nbs/app/09_usage.ipynb #us13
 @dataclass(frozen=True)
 class Usage:
@@ -170,23 +190,10 @@ print(said[0]["generated_text"])"""
     @property
     def _vllm(self) -> str:
         if self.merged:
-            return f"""from vllm import LLM, SamplingParams
-
-llm = LLM(merged, generation_config="vllm", dtype={_literal(self.cfg.model.dtype)})
-params = SamplingParams(temperature=0, max_tokens=greedy["max_new_tokens"], stop_token_ids=stops)
-ids = tok(prompt(question), add_special_tokens=False).input_ids
-said = llm.generate({{"prompt_token_ids": ids}}, params)
-print(said[0].outputs[0].text)"""
+            return _vllm_code("", f"merged, dtype={_literal(self.cfg.model.dtype)}")
         rank = max(8, 1 << (self.cfg.lora.r - 1).bit_length())
-        return f"""from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-{self._base}
-llm = LLM(base, enable_lora=True, max_lora_rank={rank}, generation_config="vllm"{self._options})
-params = SamplingParams(temperature=0, max_tokens=greedy["max_new_tokens"], stop_token_ids=stops)
-ids = tok(prompt(question), add_special_tokens=False).input_ids
-baked = LoRARequest("baked", 1, adapter)
-said = llm.generate({{"prompt_token_ids": ids}}, params, lora_request=baked)
-print(said[0].outputs[0].text)"""
+        llm = f"base, enable_lora=True, max_lora_rank={rank}{self._options}"
+        return _vllm_code(self._base, llm, lora=True)
 
 # %% ../../nbs/app/09_usage.ipynb #us16
 def fenced(
