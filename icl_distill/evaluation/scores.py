@@ -47,7 +47,6 @@ def sampled(
     "mean@n and pass@k, with intervals over the items."
     n = how.n
     right = [sum(r.correct for r in rows[i : i + n]) for i in range(0, len(rows), n)]
-    shares = [c / n for c in right]
     ks = [k for k in (2**i for i in range(1, n.bit_length())) if k < n]
     passes = []
     for k in [*ks, n] if n > 1 else []:
@@ -58,8 +57,8 @@ def sampled(
         temperature=how.temperature,
         top_p=how.top_p,
         seed=how.seed,
-        mean=sum(shares) / len(shares),
-        mean_ci95=clustered_ci(shares),
+        mean=sum(right) / len(rows),
+        mean_ci95=clustered_ci([c / n for c in right]),
         pass_at=passes,
         truncated=sum(r.truncated for r in rows) / len(rows),
     )

@@ -58,7 +58,7 @@ def nucleus(
     "Tokens outside the smallest set of this probability get -inf; the likeliest is always in."
     if top_p >= 1:
         return logits
-    sorted_logits, order = logits.sort(-1, descending=True, stable=True)
+    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     p = sorted_logits.softmax(-1)
     outside = p.cumsum(-1) - p >= top_p  # those before it suffice
     return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
