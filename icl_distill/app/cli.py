@@ -38,6 +38,16 @@ def evaluate_command(
         ),
     ],
     overrides: Over = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            help="tasks of lm-evaluation-harness in place of the run's own, such as gsm8k,mmlu",
+            metavar="TASK[,TASK]",
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option(help="a folder with tasks of your own", metavar="FOLDER")
+    ] = None,
 ):
     "Measure base model and checkpoints. The same command again finishes what is missing."
     from icl_distill.evaluation.evaluate import config_for_evaluation, out_path
@@ -45,8 +55,23 @@ def evaluate_command(
     from icl_distill.evaluation.seeds import report as show
 
     cfg = config_for_evaluation(config, overrides or [])
+    if lm_eval is not None:
+        return _harness(cfg, lm_eval, lm_eval_tasks)
     if run(cfg) is not None:  # other shards may not have finished
         show(out_path(cfg))
+
+
+def _harness(cfg, tasks: str, include: Path | None):
+    "Tasks of lm-evaluation-harness, and what is retained of them."
+    from icl_distill.evaluation.harness import retention_rows, run_harness
+    from icl_distill.evaluation.tables import print_table
+
+    names = [name for task in tasks.split(",") if (name := task.strip())]
+    if not names:
+        raise InputError("--lm-eval: name a task, or several with commas between them")
+    measured = run_harness(cfg, names, include)
+    said = "the harness's own scores; differences item by item, intervals over the items"
+    print_table(retention_rows(measured), [said])
 
 # %% ../../nbs/app/17_cli.ipynb #c010d
 def _spread(args: list[str]) -> list[str]:
