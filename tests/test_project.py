@@ -23,8 +23,8 @@ objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches fill state step on_policy trackers setup loop answers labels
 train
-evaluation: statistics power conditions records shards scores tables seeds jobs evaluate harness
-evaluation: browse style arms plots figures
+evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
+evaluation: harness browse style arms plots figures
 app: estimate plan launched monitor launch widgets export preflight usage card report bake
 app: push quickstart doctor methods command bake_command cli
 testing

@@ -24,8 +24,9 @@ from icl_distill.core.config import (
     replace,
 )
 from icl_distill.core.results import read_results
+from icl_distill.evaluation.draws import clustered_ci, pass_at_k
 from icl_distill.evaluation.evaluate import evaluate
-from icl_distill.evaluation.statistics import bootstrap_ci, clustered_ci, pass_at_k, wilson
+from icl_distill.evaluation.statistics import bootstrap_ci, wilson
 from icl_distill.evaluation.tables import as_csv, markdown
 from icl_distill.models.decoding import Sampling, nucleus, pick
 from icl_distill.models.generation import TransformersEngine

@@ -60,7 +60,7 @@ def evaluate_command(
     if run(cfg) is not None:  # other shards may not have finished
         show(out_path(cfg))
 
-
+# %% ../../nbs/app/17_cli.ipynb #c010h
 def _harness(cfg, tasks: str, include: Path | None):
     "Tasks of lm-evaluation-harness, and what is retained of them."
     from icl_distill.evaluation.harness import retention_rows, run_harness

@@ -35,8 +35,9 @@ from ..core.runs import Evaluation, Run
 from ..data.prompts import Prompter
 from ..data.tasks import Task, load_task
 from .conditions import Condition, check_checkpoint, find_conditions
+from .draws import sampled
 from .jobs import Job, Setup, plan, run_jobs
-from .scores import completed, paired, sampled, selected, summary
+from .scores import completed, paired, selected, summary
 from .shards import Shard, answering, merging, unfinished
 from .tables import as_csv, markdown
 from ..models.engines import choose_engine

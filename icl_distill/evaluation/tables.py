@@ -12,7 +12,7 @@ from typing import Any
 from ..core.results import Results, Summary
 from .scores import baseline_of, detectable, differences
 
-# %% ../../nbs/evaluation/07_tables.ipynb #c033
+# %% ../../nbs/evaluation/07_tables.ipynb #c033d
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -37,7 +37,7 @@ def _drawn(result: Summary, of_set: str = "") -> dict[str, str]:
         out[f"pass@{most.k}{end}"] = _interval(most.value, most.ci95)
     return out
 
-
+# %% ../../nbs/evaluation/07_tables.ipynb #c033
 def table_rows(
     results: Results,  # measured ones
     baseline: str | None = None,  # to which differences refer; None: sft, or the first condition
