@@ -25,8 +25,8 @@ training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures
-app: estimate plan launched monitor launch widgets export preflight usage card report bake
-app: push quickstart doctor methods command bake_command cli
+app: estimate plan launched monitor launch widgets export preflight usage serving card
+app: report bake push quickstart doctor methods command bake_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from .usage import Usage, base_name, fenced, how_to_load, hub_id
+from .serving import how_to_load
+from .usage import Usage, base_name, fenced, hub_id
 from ..core.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from ..core.config import Config, config_dict
 from ..core.files import InputError

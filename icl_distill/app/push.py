@@ -26,7 +26,8 @@ from icl_distill.app.card import (
 )
 from .export import PROMPT_FILE, config_of, export_model
 from .preflight import Preflight, preflight_text
-from .usage import Usage, base_name, fenced, how_to_load
+from .serving import how_to_load
+from .usage import Usage, base_name, fenced
 from ..core.checkpoints import ADAPTER_CONFIG, INFO_FILE, Checkpoint
 from ..core.config import Config, replace
 from ..core.files import InputError
