@@ -1,5 +1,6 @@
 "Commands that serve a model: the shell runs them, and the request holds the run's own prompt."
 
+import copy
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import subprocess
 
 import pytest
 
-from icl_distill.app.serving import how_to_load, serving_blocks
+from icl_distill.app.serving import _without_bos, how_to_load, serving_blocks
 from icl_distill.app.usage import Usage
 from icl_distill.core.config import ModelConfig, PromptConfig, load_config, replace
 from icl_distill.data.contexts import Context
@@ -98,6 +99,18 @@ def test_ollama_is_given_the_prompt_as_text(prompt, question, tmp_path):
     assert request["prompt"] == usage.prompter.render(Context(), question).plain
     ids = tok(request["prompt"], add_special_tokens=False).input_ids
     assert ids == usage.prompter.prompt_ids(Context(), question)
+
+
+def test_a_beginning_of_text_is_not_doubled():
+    "Ollama puts one before a text, as the tokenizer does."
+    from tokenizers.processors import TemplateProcessing
+
+    bos = (tok.bos_token, tok.bos_token_id)
+    adding = copy.deepcopy(tok)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(f"{bos[0]} $A", None, [bos])
+    prompt = f"{bos[0]}user\nWhy?"
+    assert adding(_without_bos(adding, prompt)).input_ids == tok(prompt).input_ids
+    assert _without_bos(tok, prompt) == prompt
 
 
 def test_a_card_has_every_way(tmp_path):

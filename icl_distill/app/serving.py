@@ -59,6 +59,13 @@ def _llama_cpp(usage: Usage, ids: list[int], ends: list[str]) -> str:
     )
 
 
+def _without_bos(tok, prompt: str) -> str:
+    "Where the tokenizer puts a beginning-of-text token itself, the text must not hold another."
+    bos = tok.bos_token
+    adds = bool(bos) and tok("a").input_ids[:1] == [tok.bos_token_id]
+    return prompt.removeprefix(bos) if adds else prompt
+
+
 def _ollama(usage: Usage, prompt: str, ends: list[str]) -> str:
     options = dict(temperature=0, num_predict=usage.cfg.evaluate.max_new_tokens, stop=ends)
     request = dict(model="baked", prompt=prompt, raw=True, stream=False, options=options)
@@ -70,7 +77,7 @@ def serving_blocks(usage: Usage) -> dict[str, tuple[str, str]]:  # heading -> (l
     "vLLM's server, llama.cpp and Ollama; each starts and asks the question."
     prompter = usage.prompter
     ids = prompter.prompt_ids(Context(), usage.question)
-    prompt = prompter.render(Context(), usage.question).plain
+    prompt = _without_bos(prompter.tok, prompter.render(Context(), usage.question).plain)
     ends = [prompter.tok.decode([end]) for end in prompter.stop_ids]
     out = {}
     if usage.merged or usage.cfg.lora.r <= 512:
