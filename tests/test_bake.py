@@ -10,6 +10,7 @@ import torch
 
 from icl_distill.app import cli
 from icl_distill.app.bake import bake, bake_config, run_bake
+from icl_distill.app.push import Destination
 from icl_distill.core.config import load_config
 from icl_distill.core.hub import load_tokenizer
 from icl_distill.core.runs import Run
@@ -280,15 +281,18 @@ def test_a_text_is_taken_as_it_is_given(text, files, monkeypatch):
     assert made[0].prompt.system == made[0].context.text == text
 
 
-def test_push_to_is_given_the_adapter_and_the_name_on_its_card(files, model, monkeypatch, capsys):
+def test_push_to_is_the_command_push(files, model, monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr("icl_distill.app.card.push", lambda *given: pushed.append(given) or "there")
+    monkeypatch.setattr("icl_distill.app.push.push", lambda *given: pushed.append(given) or "there")
+    monkeypatch.setattr("icl_distill.app.push._client", lambda to: "the client")
     command = ["bake", "--model", model, "--shots", "shots.jsonl", "--out", "out"]
     command += ["--questions", "questions.txt", "--test", "test.jsonl", "--push-to", "me/even"]
     called(monkeypatch, *command, "prompt.template=plain", *SMALL)
-    assert pushed == [(Path("out/adapter"), "me/even")]
+    assert pushed == [(Path("out/adapter"), Destination("me/even"), "the client")]
     assert capsys.readouterr().out.strip().endswith("there")
-    assert "# me/even" in Path("out/adapter/README.md").read_text()
+    card = Path("out/adapter/README.md").read_text()
+    assert "# me/even" in card and 'adapter = "me/even"' in card
+    assert "SFT on the shots" in card and "| baked" in card  # the bake's card, from its folder
 
 
 def test_a_bake_is_a_run_like_any_other(files, model, monkeypatch, capsys):

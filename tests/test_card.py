@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -20,9 +18,9 @@ from icl_distill.app.card import (
     PROMPT_ANSWERS,
     Baked,
     card_text,
+    eval_results,
     limits,
     metadata,
-    push,
     recipe,
     result_notes,
     result_rows,
@@ -30,7 +28,7 @@ from icl_distill.app.card import (
 )
 from icl_distill.app.report import SHOWN, examples, flipped, report_html, write_report
 from icl_distill.app.usage import Usage, base_name, fenced, hub_id, prompt_code
-from icl_distill.core.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, seal
+from icl_distill.core.checkpoints import ADAPTER_CONFIG, seal
 from icl_distill.core.config import ModelConfig, PromptConfig, load_config, replace
 from icl_distill.data.contexts import Context
 from icl_distill.data.prompts import Prompter
@@ -38,7 +36,6 @@ from icl_distill.testing import (
     REAL_MODEL,
     fake_bake,
     noisy_adapter,
-    quiet_environment,
     raises,
     real_tokenizer,
     tiny_folder,
@@ -107,7 +104,7 @@ def test_further_sets_are_in_the_index():
     conditions = dict(results.conditions)
     conditions["baked"] = conditions["baked"].model_copy(update=dict(sets={"harder": further}))
     changed = results.model_copy(update=dict(conditions=conditions))
-    found = metadata(dataclasses.replace(bake, results=changed), "sums").to_dict()
+    found = metadata(cfg, "sums", eval_results(changed, "baked")).to_dict()
     values = {
         one["dataset"]["name"]: one["metrics"][0]["value"]
         for one in found["model-index"][0]["results"]
@@ -117,11 +114,15 @@ def test_further_sets_are_in_the_index():
 
 def test_the_base_model_is_named_where_it_is_on_the_hub(tmp_path):
     assert hub_id("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
-    named = metadata(with_model("Qwen/Qwen3-1.7B"), "me/sums").to_dict()
-    assert named["base_model"] == "Qwen/Qwen3-1.7B"
+    qwen = with_model("Qwen/Qwen3-1.7B").cfg
+    named = metadata(qwen, "me/sums", []).to_dict()
+    assert named["base_model"] == "Qwen/Qwen3-1.7B" and "base_model_relation" not in named
+    merged = metadata(qwen, "me/sums", [], True).to_dict()
+    assert merged["library_name"] == "transformers" and "lora" not in merged["tags"]
+    assert merged["base_model_relation"] == "finetune"
     for name in (REAL_MODEL, str(tmp_path), "./a", "~/a", "/a/b", "plain", "a/b/c"):
         assert hub_id(name) is None
-        assert "base_model" not in metadata(with_model(name), "me/sums").to_dict()
+        assert "base_model" not in metadata(with_model(name).cfg, "me/sums", []).to_dict()
 
 
 @both
@@ -248,7 +249,9 @@ def place(tmp_path_factory):
     info = dict(step=40, base_model=str(folder), base_hash="0" * 16)
     seal(place / "raw", place / "checkpoint", info)
     baked = with_model(str(folder))
-    assert write_adapter(baked, place / "checkpoint", place / "sums") == place / "sums"
+    card = card_text(baked, "sums")
+    out = write_adapter(baked.cfg, place / "checkpoint", place / "sums", card)
+    assert out == place / "sums"
     return SimpleNamespace(path=place, baked=baked, checkpoint=place / "checkpoint")
 
 
@@ -329,7 +332,8 @@ def test_settings_name_the_hubs_model(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(card, "load_tokenizer", lambda *_: tok)
     baked = with_model("Qwen/Qwen3-1.7B", revision="v2")
-    out = write_adapter(baked, place.checkpoint, tmp_path / "a", "me/sums")
+    card_of_it = card.card_text(baked, "me/sums")
+    out = write_adapter(baked.cfg, place.checkpoint, tmp_path / "a", card_of_it)
     settings = json.loads((out / ADAPTER_CONFIG).read_text())
     assert settings["base_model_name_or_path"] == "Qwen/Qwen3-1.7B"
     assert settings["revision"] == "v2" and settings["r"] == 4
@@ -340,27 +344,27 @@ def test_settings_name_the_hubs_model(place, tmp_path, monkeypatch):
 def test_an_adapter_is_replaced_and_nothing_else(place, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    write_adapter(place.baked, place.checkpoint, out)  # an empty folder is fine
+    write_adapter(place.baked.cfg, place.checkpoint, out, "---\n---\n")  # an empty folder is fine
     (out / "README.md").write_text("older")
-    write_adapter(place.baked, place.checkpoint, out)
+    write_adapter(place.baked.cfg, place.checkpoint, out, "---\n---\n")
     assert (out / "README.md").read_text(encoding="utf-8").startswith("---\n")
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "thesis.tex").write_text("mine")
     with raises("no adapter's folder", thesis):
-        write_adapter(place.baked, place.checkpoint, thesis)
+        write_adapter(place.baked.cfg, place.checkpoint, thesis, "---\n---\n")
     with raises("no adapter's folder"):
-        write_adapter(place.baked, place.checkpoint, thesis / "thesis.tex")
+        write_adapter(place.baked.cfg, place.checkpoint, thesis / "thesis.tex", "---\n---\n")
     assert (thesis / "thesis.tex").read_text() == "mine"
     with raises("no such folder"):
-        write_adapter(place.baked, tmp_path / "none", tmp_path / "new")
+        write_adapter(place.baked.cfg, tmp_path / "none", tmp_path / "new", "---\n---\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "thesis"]
 
 
 def test_a_failure_leaves_the_former_adapter(place, tmp_path, monkeypatch):
     import shutil
 
-    out = write_adapter(place.baked, place.checkpoint, tmp_path / "out")
+    out = write_adapter(place.baked.cfg, place.checkpoint, tmp_path / "out", "---\n---\n")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def full(*_):
@@ -368,107 +372,9 @@ def test_a_failure_leaves_the_former_adapter(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", full)
     with raises("No space", kind=OSError):
-        write_adapter(place.baked, place.checkpoint, out)
+        write_adapter(place.baked.cfg, place.checkpoint, out, "---\n---\n")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-# --- the hub
-
-
-class Hub:
-    "A stand-in for `HfApi` that keeps what it is given, or fails at one of its calls."
-
-    def __init__(self, fails_at=None, error=None):
-        self.fails_at, self.error = fails_at, error
-        self.repositories, self.files = {}, {}
-
-    def create_repo(self, repo_id, *, exist_ok=False, private=None):
-        if self.fails_at == "create_repo":
-            raise self.error
-        full = repo_id if "/" in repo_id else f"me/{repo_id}"
-        assert exist_ok or full not in self.repositories
-        self.repositories[full] = "private" if private else "public"
-        return RepoUrl(full)
-
-    def upload_folder(self, *, repo_id, folder_path):
-        if self.fails_at == "upload_folder":
-            raise self.error
-        assert repo_id in self.repositories
-        self.files[repo_id] = sorted(p.name for p in folder_path.iterdir())
-
-
-class RepoUrl(str):
-    "As the hub's: an address that knows the repository's name."
-
-    def __new__(cls, repo_id):
-        url = super().__new__(cls, f"https://huggingface.co/{repo_id}")
-        url.repo_id = repo_id
-        return url
-
-
-@pytest.mark.parametrize("name", ["me/sums", "sums"])
-def test_an_adapter_is_pushed_in_private(place, name):
-    hub = Hub()
-    assert push(place.path / "sums", name, hub) == "https://huggingface.co/me/sums"
-    assert push(place.path / "sums", name, hub)  # again
-    assert hub.repositories == {"me/sums": "private"}
-    assert {"README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(hub.files["me/sums"])
-
-
-def hub_errors():
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    return [
-        OfflineModeIsEnabled("offline mode is enabled"),
-        LocalTokenNotFoundError("no token"),
-        HFValidationError("no repo id"),
-        HTTPError("502 of the server\nits page"),
-        ConnectionError(),
-    ]
-
-
-@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
-@pytest.mark.parametrize("error", hub_errors(), ids=lambda e: type(e).__name__)
-def test_a_failure_of_the_hub_is_a_sentence(place, call, error):
-    folder = place.path / "sums"
-    before = sorted(folder.iterdir())
-    said = str(error).split("\n")[0] or "no reason given"
-    wanted = ("me/sums", type(error).__name__, said, "Nothing is lost", "hf upload me/sums")
-    with raises(*wanted, str(folder)):
-        push(folder, "me/sums", Hub(call, error))
-    assert sorted(folder.iterdir()) == before
-
-
-def test_a_mistake_of_ours_is_no_failure_of_the_hub(place):
-    with raises("unexpected", kind=TypeError):
-        push(place.path / "sums", "me/sums", Hub("create_repo", TypeError("unexpected")))
-
-
-def test_only_an_adapter_is_pushed(tmp_path):
-    with raises("nothing to push", tmp_path):
-        push(tmp_path, "me/sums", Hub())
-
-
-@pytest.mark.parametrize("name", ["me/sums", "not a name"])
-def test_the_real_client_offline(place, name):
-    "The real `HfApi` in a process without a network: one sentence, exit code 2."
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom icl_distill.app.card import push\n"
-        "from icl_distill.core.files import input_errors\n"
-        "with input_errors():\n    push(Path(sys.argv[1]), sys.argv[2])"
-    )
-    command = [sys.executable, "-c", script, str(place.path / "sums"), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=quiet_environment())
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {name!r} could not be pushed")
-    assert "Nothing is lost" in done.stderr and "Traceback" not in done.stderr
-    assert ("OfflineModeIsEnabled" if name == "me/sums" else "HFValidationError") in done.stderr
 
 
 # --- the report

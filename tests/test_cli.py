@@ -134,6 +134,7 @@ def said(err, words, nothing=None):
         "targets",
         "export",
         "study",
+        "push",
     ],
 )
 def test_help_has_an_example(name):

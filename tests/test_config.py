@@ -690,7 +690,8 @@ def test_every_field_is_explained():
 def flat(values, prefix=""):
     out = []
     for k, v in values.items():
-        out += flat(v, f"{prefix}{k}.") if isinstance(v, dict) and k in sections else [prefix + k]
+        inside = any(leaf.startswith(f"{prefix}{k}.") for leaf in leaves)
+        out += flat(v, f"{prefix}{k}.") if inside else [prefix + k]
     return out
 
 

@@ -426,9 +426,18 @@ def test_scoring(text, extract, regex, answer):
 
 # ---- configs
 
-sections = {k: t for k, t in Config.__annotations__.items() if hasattr(t, "model_fields")}
-leaves = [(f"{s}.{k}", kind) for s, t in sections.items() for k, kind in t.__annotations__.items()]
-leaves += [(k, kind) for k, kind in Config.__annotations__.items() if k not in sections]
+
+def leaves_of(section, prefix=""):
+    "Every key with its type; a section may hold another."
+    for name in section.model_fields:
+        kind = section.__annotations__[name]
+        if hasattr(kind, "model_fields"):
+            yield from leaves_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+leaves = list(leaves_of(Config))
 BETWEEN_0_AND_1 = (
     "a number strictly between 0 and 1 (for its two ends choose forward_kl or reverse_kl)"
 )
@@ -448,6 +457,7 @@ SAID = {  # what the words of a type promise
     "a finite number greater than 0": lambda x: x > 0,
     "a finite number, 0 or more": lambda x: x >= 0,
     "a number, at least 0 and less than 1": lambda x: 0 <= x < 1,
+    "a number greater than 0, and 1 at most": lambda x: 0 < x <= 1,
     BETWEEN_0_AND_1: lambda x: 0 < x < 1,
     "a list of some of 1, 2, 3": lambda x: bool(x) and set(x) <= {1, 2, 3},
     "a list of some of zero_shot, few_shot, N_shot (such as 4_shot), teacher": lambda x: all(

@@ -24,10 +24,10 @@ objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches fill state step on_policy trackers setup loop answers labels
 train
-evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
-evaluation: browse style arms plots figures grid study study_figure
-app: estimate plan launched monitor launch widgets export preflight data_report usage
-app: card report bake quickstart doctor methods command bake_command cells study_command cli
+evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
+evaluation: harness browse style arms plots figures grid study study_figure
+app: estimate plan launched monitor launch widgets export preflight data_report usage serving
+app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing
 """
 LINES_OF_A_MODULE = 320

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import PROMPT_ANSWERS, Baked, write_adapter
+from .card import PROMPT_ANSWERS, Baked, card_text, write_adapter
 from .export import export_model
 from .preflight import Preflight, look_once, preflight_text, step_seconds
 from .report import write_report
@@ -273,7 +273,6 @@ def _gather(work: Work, results: Results, tests: dict, flight: Preflight) -> Bak
 def run_bake(
     cfg: Config,  # as `bake_config` gives it, or `configs/bake.yaml` as it is
     progress: bool = True,  # bars, and what is being done
-    name: str | None = None,  # the adapter's on the hub, for its card
 ) -> Baked:
     "Preflight, labels, training, evaluation, adapter with card, report. Raises `InputError`."
     work = set_up(cfg, progress)
@@ -288,7 +287,7 @@ def run_bake(
     flight = flight.model_copy(update={"labels": counts})
     write_text(run.path / "preflight.json", flight.model_dump_json(indent=1) + "\n")
     baked = _gather(work, results, tests, flight)
-    write_adapter(baked, student, run.path / "adapter", name)
+    write_adapter(cfg, student, run.path / "adapter", card_text(baked, "adapter"))
     write_report(baked, run.path / "report.html")
     return baked
 

@@ -67,19 +67,19 @@ def _show_bake(baked):
 def bake_command(options: BakeOptions):
     "Bake worked examples, or instructions, into a model, with questions without answers."
     from icl_distill.app.bake import bake_config, merged, run_bake
-    from icl_distill.app.card import push
+    from icl_distill.app.push import Destination, push_run
     from icl_distill.core.config import quoted
 
     files = {key: getattr(options, key) for key in ("shots", "questions", "dev", "test", "system")}
     kept = [f"prompt.system={quoted(options.instruction)}"] if options.instruction else []
     overrides = [*kept, *(options.overrides or [])]
     cfg = bake_config(options.model, files, options.out, overrides)
-    baked = run_bake(cfg, name=options.push_to)
+    baked = run_bake(cfg)
     _show_bake(baked)
     if options.merge:
         print(merged(baked))
     if options.push_to:
-        print(push(options.out / "adapter", options.push_to))
+        print(push_run(options.out, Destination(options.push_to))[1])
 
 # %% ../../nbs/app/16_bake_command.ipynb #c008
 @command("icl-distill quickstart steps=60 run=runs/longer")

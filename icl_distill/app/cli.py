@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_command', 'evaluate_command', 'report_command', 'figures_command', 'config_command', 'methods_command',
            'align_command', 'data_command', 'doctor_command', 'estimate_command', 'targets_command', 'export_command',
-           'main']
+           'push_command', 'main']
 
 # %% ../../nbs/app/17_cli.ipynb #h0141
 from pathlib import Path
@@ -39,6 +39,16 @@ def evaluate_command(
         ),
     ],
     overrides: Over = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            help="tasks of lm-evaluation-harness in place of the run's own, such as gsm8k,mmlu",
+            metavar="TASK[,TASK]",
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option(help="a folder with tasks of your own", metavar="FOLDER")
+    ] = None,
 ):
     "Measure base model and checkpoints. The same command again finishes what is missing."
     from icl_distill.evaluation.evaluate import config_for_evaluation, out_path
@@ -46,8 +56,23 @@ def evaluate_command(
     from icl_distill.evaluation.seeds import report as show
 
     cfg = config_for_evaluation(config, overrides or [])
+    if lm_eval is not None:
+        return _harness(cfg, lm_eval, lm_eval_tasks)
     if run(cfg) is not None:  # other shards may not have finished
         show(out_path(cfg))
+
+# %% ../../nbs/app/17_cli.ipynb #c010h
+def _harness(cfg, tasks: str, include: Path | None):
+    "Tasks of lm-evaluation-harness, and what is retained of them."
+    from icl_distill.evaluation.harness import retention_rows, run_harness
+    from icl_distill.evaluation.tables import print_table
+
+    names = [name for task in tasks.split(",") if (name := task.strip())]
+    if not names:
+        raise InputError("--lm-eval: name a task, or several with commas between them")
+    measured = run_harness(cfg, names, include)
+    said = "the harness's own scores; differences item by item, intervals over the items"
+    print_table(retention_rows(measured), [said])
 
 # %% ../../nbs/app/17_cli.ipynb #c010d
 def _spread(args: list[str]) -> list[str]:
@@ -247,6 +272,25 @@ def export_command(
     foreign = info.get("foreign")
     whose = "an adapter from elsewhere" if foreign else f"the adapter of step {info['step']}"
     print(f"{out}: {info['base_model']} with {whose}; log-probabilities agree within {off:.2g}")
+
+# %% ../../nbs/app/17_cli.ipynb #c016p
+@command("icl-distill push runs/quickstart/distill me/sums")
+def push_command(
+    run: Annotated[Path, typer.Argument(help="a run's folder, or that of a checkpoint in it")],
+    name: Annotated[str, typer.Argument(help="on the hub, such as me/sums")],
+    overrides: Over = None,
+    merge: Annotated[bool, typer.Option("--merge", help="a plain model, not the adapter")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="open to all; default: a private repository")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="a branch; default: main")] = None,
+):
+    "Send an adapter, or the merged model, with its model card to the hub."
+    from icl_distill.app.push import Destination, push_run
+
+    to = Destination(name, public, revision)
+    sent, address = push_run(run, to, merge, overrides or [])
+    print(f"{sent.folder} (step {sent.checkpoint.step}): {address}")
 
 # %% ../../nbs/app/17_cli.ipynb #c017
 def main():

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['shipped_configs', 'load_config', 'to_yaml', 'quoted', 'config_hash', 'diff_configs', 'ModelConfig', 'LoraConfig',
            'TaskConfig', 'PromptConfig', 'ContextConfig', 'AnswersConfig', 'TeacherConfig', 'LossConfig',
-           'HiddenConfig', 'TrainConfig', 'EvaluateConfig', 'Config', 'config_table', 'replace', 'config_dict']
+           'HiddenConfig', 'TrainConfig', 'SamplingConfig', 'EvaluateConfig', 'Config', 'config_table', 'replace',
+           'config_dict']
 
 # %% ../../nbs/core/04_config.ipynb #cf003
 import difflib
@@ -35,6 +36,7 @@ from icl_distill.core.schema import (
     EvaluateConfig,
     HiddenConfig,
     LossConfig,
+    SamplingConfig,
     TeacherConfig,
     TrainConfig,
     config_table,
@@ -52,6 +54,7 @@ _all_ = [
     "LossConfig",
     "HiddenConfig",
     "TrainConfig",
+    "SamplingConfig",
     "EvaluateConfig",
     "Config",
     "config_table",
@@ -217,9 +220,9 @@ def _override(text: str, section: str | None) -> dict:
     if not equals or not key:
         raise InputError(f"{text!r}: expected key=value, such as train.steps=200")
     parts = key.split(".")
-    if len(parts) == 1 and section and key not in Config.model_fields:
+    if section and parts[0] not in Config.model_fields:
         full, known = f"{section}.{key}", Config.__annotations__[section].model_fields
-        parts = [section, key] if key in known or full in RENAMED or full in GONE else parts
+        parts = [section, *parts] if parts[0] in known or full in RENAMED | GONE else parts
     nested = _value(value, parts, repr(text))
     for part in reversed(parts):
         nested = {part: nested}

@@ -100,8 +100,8 @@ def disagree(text: str) -> PydanticCustomError:
 
 # %% ../../nbs/core/02_sections.ipynb #se012d
 def section_name(model: type) -> str:
-    "LossConfig is the section `loss`; Config is none."
-    return model.__name__.removesuffix("Config").lower()
+    "LossConfig is the section `loss`; Config is none; one inside another says its full name."
+    return getattr(model, "full_name", model.__name__.removesuffix("Config").lower())
 
 # %% ../../nbs/core/02_sections.ipynb #se013
 def _unknown(key: Any, model: type[Section], name: str, where: str) -> str:

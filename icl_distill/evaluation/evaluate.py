@@ -23,12 +23,20 @@ from ..core.devices import environment, machine_of, say_machine, settled
 from ..core.files import InputError, write_text
 from ..core.hub import load_model_config, load_tokenizer
 from ..core.pace import say
-from ..core.results import ConditionResult, Engine, Results, write_results
+from icl_distill.core.results import (
+    ConditionResult,
+    Engine,
+    Results,
+    Sampled,
+    Summary,
+    write_results,
+)
 from ..core.runs import Evaluation, Run
 from ..data.prompts import Prompter
 from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from .conditions import Condition, check_checkpoint, find_conditions
+from .draws import sampled
 from .jobs import Job, Setup, plan, run_jobs
 from .scores import completed, paired, selected, summary
 from .shards import Shard, answering, merging, unfinished
@@ -115,13 +123,19 @@ def model_config(
     return load_model_config(cfg.model)
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #c044b
+def _summary(job: Job, drawn: dict[str, Sampled]) -> Summary:
+    return summary(job.rows).model_copy(update=dict(sampled=drawn.get(job.set)))
+
+
 def condition_result(
     jobs: list[Job],  # of one condition, the main set first; all is answered
     kv: int,  # bytes of keys and values for one token
+    cfg: Config,  # evaluate.sampling is read
 ) -> ConditionResult:
     "One condition's entry in the results."
-    main, cond = jobs[0], jobs[0].cond
-    scores, (seconds, n) = summary(main.rows), main.records.timed
+    main, cond, how = jobs[0], jobs[0].cond, cfg.evaluate.sampling
+    drawn = {job.set: sampled(job.rows, how) for job in jobs if job.seeds}
+    scores, (seconds, n) = _summary(main, drawn), main.records.timed
     tokens = (scores.mean_prompt_tokens or 0) + (scores.mean_tokens or 0)  # of a question
     return ConditionResult(
         **scores.model_dump(),
@@ -129,7 +143,7 @@ def condition_result(
         adapter=main.records.identity["adapter"],
         n_shots=len(cond.context.shots),
         context=cond.context.key,
-        sets={job.set: summary(job.rows) for job in jobs[1:]},
+        sets={job.set: _summary(job, drawn) for job in jobs[1:] if not job.seeds},
         seconds=sum(job.records.timed[0] for job in jobs),
         latency=seconds / n if n else None,
         kv_bytes=kv * tokens,
@@ -147,9 +161,10 @@ def results_of(
     by_set: dict[str, dict[str, list]] = {}
     for job in jobs:
         by_condition.setdefault(job.cond.name, []).append(job)
-        by_set.setdefault(job.set, {})[job.cond.name] = job.rows
-    conditions = {name: condition_result(own, kv) for name, own in by_condition.items()}
+        if not job.seeds:  # comparisons are of greedy answers
+            by_set.setdefault(job.set, {})[job.cond.name] = job.rows
     cfg, machine = setup.cfg, environment(setup.cfg.device)
+    conditions = {name: condition_result(own, kv, cfg) for name, own in by_condition.items()}
     return completed(
         Results(
             model=cfg.model.name,

@@ -6,6 +6,7 @@
 __all__ = ['Setup', 'Job', 'plan', 'engine_for', 'RunningAccuracy', 'Progress', 'run_job', 'run_jobs']
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #j002
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from ..data.tasks import Task
 from .conditions import Condition, item_sets, make_prompts
 from .records import identity, make_record
 from .shards import Records, Shard
+from ..models.decoding import Sampling
 from ..models.engines import check_applied, open_engine
 from ..models.generation import TransformersEngine
 from ..models.loading import weights_hash
+from ..training.on_policy import answer_seed
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #j004
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Job:
     items: list[Example]
     prompts: list[list[int]]  # token ids, one for each item
     records: Records
+    seeds: list[int] | None = None  # one for each item, where answers are drawn
 
     @property
     def part(self) -> list[tuple[Example, list[int]]]:
@@ -64,6 +68,14 @@ class Job:
         answered = self.records.rows
         return [(item, prompt) for item, prompt in self.part if item.id not in answered]
 
+    def sampling(self, cfg: Config, items: list[Example]) -> dict[str, Sampling]:
+        "How these of its items are answered, as an argument of `generate`; none: greedily."
+        if self.seeds is None:
+            return {}
+        by_id = dict(zip([item.id for item in self.items], self.seeds, strict=True))
+        how, seeds = cfg.evaluate.sampling, [by_id[item.id] for item in items]
+        return dict(sampling=Sampling(how.temperature, seeds, how.top_p))
+
     @property
     def rows(self) -> list[RecordLine]:
         "The answers, in the order of the items. Raises `KeyError` where one is missing."
@@ -73,13 +85,29 @@ class Job:
     @property
     def label(self) -> str:
         "What a progress bar calls it."
-        main = self.set in ("test", "dev")
-        return self.cond.name if main else f"{self.cond.name}, {self.set}"
+        parts = [self.cond.name, *([] if self.set in ("test", "dev") else [self.set])]
+        return ", ".join([*parts, "drawn"] if self.seeds else parts)
 
     @property
     def adapter(self) -> str | None:
         "The adapter's name in the engine; None: the base model."
         return re.sub(r"\W", "_", self.cond.name) if self.cond.checkpoint else None
+
+# %% ../../nbs/evaluation/09_jobs.ipynb #c037d
+def _drawn(setup: Setup, greedy: Job) -> Job:
+    "The job of drawn answers beside that of the greedy ones."
+    how, records = setup.cfg.evaluate.sampling, greedy.records
+    draws = dict(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
+    items = [
+        dataclasses.replace(item, id=f"{item.id}#{number}")
+        for item in greedy.items
+        for number in range(how.n)
+    ]
+    prompts = [prompt for prompt in greedy.prompts for _ in range(how.n)]
+    seeds = [answer_seed(how.seed, 0, item.id) for item in items]
+    folder, about = records.path.parent / "drawn", records.identity | dict(sampling=draws)
+    drawn = Records(folder, records.path.stem, about, setup.shard)
+    return Job(greedy.cond, greedy.set, items, prompts, drawn, seeds)
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #c038
 def plan(
@@ -105,6 +133,8 @@ def plan(
             file = cond.name if of_set == main else f"{cond.name}.{of_set}"
             records = Records(setup.place.records_folder, file, about, setup.shard)
             jobs.append(Job(cond, of_set, items, prompts, records))
+            if cfg.evaluate.sampling.n:
+                jobs.append(_drawn(setup, jobs[-1]))
     return jobs
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #c041b
@@ -193,8 +223,10 @@ def run_job(setup: Setup, job: Job, engine, progress: Progress):
         check_applied(engine, job.adapter, left[0][1])
     progress.bar.set_description(job.label)
     prompts = [prompt for _, prompt in left]
+    how = job.sampling(setup.cfg, [item for item, _ in left])
+    limit = setup.cfg.evaluate.max_new_tokens
     with job.records.own.writing() as add:
-        for i, said in engine.generate(prompts, job.adapter, setup.cfg.evaluate.max_new_tokens):
+        for i, said in engine.generate(prompts, job.adapter, limit, **how):
             item, prompt = left[i]
             row = make_record(setup.task, job.cond, job.set, item, prompt, said)
             add(row)

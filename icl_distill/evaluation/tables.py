@@ -12,7 +12,7 @@ from typing import Any
 from ..core.results import Results, Summary
 from .scores import baseline_of, detectable, differences
 
-# %% ../../nbs/evaluation/07_tables.ipynb #c033
+# %% ../../nbs/evaluation/07_tables.ipynb #c033d
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -22,6 +22,22 @@ def _accuracy(result: Summary) -> str:
     return f"{_percent(result.accuracy)} [{low}, {high}]"
 
 
+def _interval(value: float, ends: tuple[float, float]) -> str:
+    return f"{_percent(value)} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+
+
+def _drawn(result: Summary, of_set: str = "") -> dict[str, str]:
+    "The columns of drawn answers: their mean, and pass@k for the largest k."
+    s, end = result.sampled, f" {of_set}" if of_set else " [95 %]"
+    if s is None:
+        return {}
+    out = {f"mean@{s.n}{end}": _interval(s.mean, s.mean_ci95)}
+    if s.pass_at:
+        most = s.pass_at[-1]
+        out[f"pass@{most.k}{end}"] = _interval(most.value, most.ci95)
+    return out
+
+# %% ../../nbs/evaluation/07_tables.ipynb #c033
 def table_rows(
     results: Results,  # measured ones
     baseline: str | None = None,  # to which differences refer; None: sft, or the first condition
@@ -33,7 +49,9 @@ def table_rows(
     for name, c in results.conditions.items():
         row = {"condition": f"{name} *" if name == chosen else name, "n": str(c.n)}
         row["accuracy [95 %]"] = _accuracy(c)
-        row |= {further: _accuracy(summary) for further, summary in c.sets.items()}
+        row |= _drawn(c)
+        for further, summary in c.sets.items():
+            row |= {further: _accuracy(summary), **_drawn(summary, further)}
         row |= {"truncated": _percent(c.truncated or 0), "tokens": f"{c.mean_tokens or 0:.0f}"}
         p = shown.get(name)
         row[f"against {base}"] = f"{100 * p.difference:+.1f}" if p else ""
@@ -75,6 +93,17 @@ def _choice(results: Results) -> list[str]:
     return []
 
 # %% ../../nbs/evaluation/07_tables.ipynb #c034bx
+def _draws(results: Results) -> list[str]:
+    s = next((c.sampled for c in results.conditions.values() if c.sampled), None)
+    if s is None:
+        return []
+    return [
+        f"mean@{s.n}, pass@k: {s.n} answers to an item drawn at temperature {s.temperature:g}, "
+        f"top_p {s.top_p:g}, seed {s.seed}; pass@k is Chen et al.'s unbiased estimate (2021); "
+        "intervals over the items."
+    ]
+
+
 def notes(
     results: Results,  # measured ones
     baseline: str | None = None,  # as for `table_rows`
@@ -88,7 +117,7 @@ def notes(
     if claims:
         head += "; p: exact McNemar, paired by item"
     end = f"; p Holm: corrected for the {claims} comparisons of this table." if claims > 1 else "."
-    return [head + end, *_could_see(results, base), *_choice(results)]
+    return [head + end, *_draws(results), *_could_see(results, base), *_choice(results)]
 
 # %% ../../nbs/evaluation/07_tables.ipynb #c034c
 def as_markdown(
@@ -116,6 +145,18 @@ def markdown(
 _MEASURES = ("truncated", "accuracy_flexible", "mean_tokens", "mean_prompt_tokens")
 
 
+def _drawn_numbers(summary: Summary) -> dict[str, float]:
+    s = summary.sampled
+    if s is None:
+        return {}
+    out = {"draws": s.n, "mean_at_n": s.mean}
+    out |= {"mean_at_n_low": s.mean_ci95[0], "mean_at_n_high": s.mean_ci95[1]}
+    for p in s.pass_at:
+        name = f"pass_at_{p.k}"
+        out |= {name: p.value, f"{name}_low": p.ci95[0], f"{name}_high": p.ci95[1]}
+    return out
+
+
 def frame(results: Results):  # a pandas DataFrame; accuracies are shares, lengths are tokens
     "All numbers of an evaluation."
     import pandas as pd
@@ -126,7 +167,8 @@ def frame(results: Results):  # a pandas DataFrame; accuracies are shares, lengt
             line: dict[str, Any] = about | dict(condition=name, set=of_set)
             low, high = summary.ci95 or (None, None)
             line |= dict(accuracy=summary.accuracy, n=summary.n, ci_low=low, ci_high=high)
-            lines.append(line | {key: getattr(summary, key) for key in _MEASURES})
+            line |= {key: getattr(summary, key) for key in _MEASURES}
+            lines.append(line | _drawn_numbers(summary))
     return pd.DataFrame(lines)
 
 # %% ../../nbs/evaluation/07_tables.ipynb #c035bx

@@ -221,7 +221,8 @@ def _chooser(sampling: Sampling | None, at: list[int], device) -> Callable:
     if sampling is None:
         return lambda logits, live: pick(logits)
     streams = sampling.streams(at, device)
-    return lambda logits, live: pick(logits, [streams[i] for i in live], sampling.temperature)
+    how = sampling.temperature, sampling.top_p
+    return lambda logits, live: pick(logits, [streams[i] for i in live], *how)
 
 
 def _check_whole(model):

@@ -124,6 +124,7 @@ class VLLMEngine:
         engine = self.llm.llm_engine
         options |= dict(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         options["temperature"] = sampling.temperature if sampling else 0
+        options["top_p"] = sampling.top_p if sampling else 1
         pending = set()
         try:
             for i, (ids, name) in enumerate(zip(prompts, adapters, strict=False)):
