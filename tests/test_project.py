@@ -20,8 +20,8 @@ core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
 objectives: targets losses whole_vocabulary chunked_loss hidden_states
-models: taps loading shared_prefix teacher decoding generation vllm_engine engines
-training: batches fill state step on_policy trackers setup loop answers labels
+models: taps loading shared_prefix target_cache teacher decoding generation vllm_engine engines
+training: batches teachers fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate
 evaluation: browse style arms plots figures

@@ -109,7 +109,7 @@ def mode_of(
     s: Shape,
 ) -> str:  # of `MODES`, not `original`
     "By which way a run's teacher gets its targets."
-    if not cfg.loss.weight:
+    if not cfg.has_teacher:
         return "sft"
     return "remembered" if cfg.teacher.cache != "off" else online_mode(cfg, s)
 

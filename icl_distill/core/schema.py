@@ -74,12 +74,20 @@ Conditions = Annotated[
 class TeacherConfig(Section):
     "The teacher's targets."
 
-    top_k: PositiveInt = setting(256, "K, vocabulary ids per answer token")
+    keep: Literal["topk", "hidden"] = setting(
+        "topk", "its top-K logits; or its last hidden state, for a loss over the whole vocabulary"
+    )
+    top_k: PositiveInt = setting(256, "keep: topk; K, vocabulary ids per answer token")
     cache: Literal["off", "ram", "disk"] = setting("off", "keep an example's targets once computed")
     cache_folder: Text | None = setting(
         None, "for cache: disk; default: `targets` in the run's folder"
     )
     prefix_gib: Positive = setting(4.0, "GiB of cached prefixes (KV caches of contexts), at most")
+
+    @property
+    def kept_k(self) -> int | None:  # None: the last hidden state is kept
+        "K of what is kept."
+        return self.top_k if self.keep == "topk" else None
 
 # %% ../../nbs/core/03_schema.ipynb #sc018
 class LossConfig(Section):
@@ -123,6 +131,11 @@ class HiddenConfig(Section):
         "none", "divide both by their lengths, or by the teacher's standard deviation"
     )
     sum: Switch = setting(False, "over the entries of a state, in place of the mean")
+
+    @property
+    def last_alone(self) -> bool:
+        "Is the model's last state the only one?"
+        return self.layers == [-1] and not self.embeddings
 
 # %% ../../nbs/core/03_schema.ipynb #sc021
 class TrainConfig(Section):
@@ -202,15 +215,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _states_can_be_compared(self):
+        cached = self.teacher.cache != "off"
+        enough = self.teacher.keep == "hidden" and self.hidden.last_alone
         kept = {
-            "teacher.cache": self.teacher.cache != "off",
+            "teacher.cache": cached and not enough,
             "train.gradient_checkpointing": self.train.gradient_checkpointing,
             "train.compile": self.train.compile,
         }
         if self.hidden.weight and (other := next((key for key in kept if kept[key]), None)):
             raise disagree(
                 f"hidden.weight compares the states of both at each step, which {other} "
-                "does not leave to be compared: switch it off"
+                "does not leave to be compared: switch it off (or, for hidden.layers=[-1], keep "
+                "the last state: teacher.keep=hidden)"
             )
         return self
 
@@ -241,10 +257,11 @@ class Config(Section):
                 "answers.source is 'student', whose answers are new each time: "
                 "teacher.cache must be off"
             )
-        if self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse"):
+        blind = self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse")
+        if blind and self.teacher.keep == "topk":
             raise disagree(
                 "answers.source is 'student', which could leave the teacher's top K unpunished: "
-                "set loss.tail=true, and another loss.kind than centred_mse"
+                "set loss.tail=true and another loss.kind than centred_mse, or teacher.keep=hidden"
             )
         if self.train.compile:
             raise disagree(

@@ -28,7 +28,8 @@ def divergence_(
         d = delta.square().mean(-1)
         delta.mul_(2 / delta.shape[-1])
         return d
-    d = _kl_(*((x / cfg.temperature).log_softmax(-1) for x in (s, t)), t, cfg)
+    lq, lp = (s / cfg.temperature).log_softmax(-1), (t / cfg.temperature).log_softmax(-1)
+    d = _kl_(lq, lp, t, cfg)
     t.mul_(cfg.temperature)
     return d * cfg.temperature**2
 
