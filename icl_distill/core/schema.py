@@ -72,8 +72,18 @@ Conditions = Annotated[
 
 # %% ../../nbs/core/03_schema.ipynb #sc017
 class TeacherConfig(Section):
-    "The teacher's targets."
+    "The teacher and its targets."
 
+    model: Text | None = setting(
+        None, "another model of the same tokenizer (as model.name); default: the student's base"
+    )
+    revision: Text | None = setting(None, "with teacher.model: branch, tag or commit")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "with teacher.model: of its weights"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting(
+        "auto", "with teacher.model: where it runs; auto: where the student does"
+    )
     keep: Literal["topk", "hidden"] = setting(
         "topk", "its top-K logits; or its last hidden state, for a loss over the whole vocabulary"
     )
@@ -88,6 +98,24 @@ class TeacherConfig(Section):
     def kept_k(self) -> int | None:  # None: the last hidden state is kept
         "K of what is kept."
         return self.top_k if self.keep == "topk" else None
+
+    def other(self, student: ModelConfig) -> ModelConfig | None:  # None: the student's base
+        "The teacher's model."
+        if self.model is None:
+            return None
+        return replace(
+            ModelConfig(name=self.model, attention=student.attention),
+            revision=self.revision,
+            dtype=self.dtype,
+        )
+
+    @model_validator(mode="after")
+    def _there_is_another_model(self):
+        told = ("revision", self.revision), ("dtype", self.dtype), ("device", self.device)
+        for key, value in told:
+            if self.model is None and value not in (None, "auto"):
+                raise disagree(f"teacher.{key}={value} is of teacher.model, which is not given")
+        return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc018
 class LossConfig(Section):
@@ -218,6 +246,7 @@ class Config(Section):
         cached = self.teacher.cache != "off"
         enough = self.teacher.keep == "hidden" and self.hidden.last_alone
         kept = {
+            "teacher.model": self.teacher.model is not None,
             "teacher.cache": cached and not enough,
             "train.gradient_checkpointing": self.train.gradient_checkpointing,
             "train.compile": self.train.compile,

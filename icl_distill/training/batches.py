@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from ..core.config import Config, TrainConfig
 from ..core.files import InputError
+from ..core.hub import load_model_config
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
 from ..data.prompts import Prompter
 from ..data.tasks import Task
+from ..models.loading import positions_of
 
 # %% ../../nbs/training/01_batches.ipynb #c005
 def step_indices(
@@ -136,6 +138,16 @@ def _contexts(cfg: Config, task: Task) -> Contexts | None:
     return None
 
 
+def _limits(cfg: Config, positions: int | None) -> list[Limit]:
+    "What an example has to fit; another teacher has positions of its own."
+    limits, other = limits_of(cfg.prompt, positions), cfg.teacher.other(cfg.model)
+    if other is None or not cfg.has_teacher:
+        return limits
+    theirs = limits_of(cfg.prompt, positions_of(load_model_config(other)))
+    own = [limit for limit in limits if limit.who == "student"]
+    return own + [limit for limit in theirs if limit.who == "teacher"]
+
+
 def prepare(
     cfg: Config,
     task: Task,
@@ -153,7 +165,7 @@ def prepare(
     faster = by_pieces(prompter)
     with tqdm(usable, desc="encoding examples", disable=not progress, leave=False) as bar:
         aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
-    limits = limits_of(cfg.prompt, positions)
+    limits = _limits(cfg, positions)
     too_long = complaints(aligned, limits)
     if too_long and cfg.prompt.too_long == "error":
         raise InputError(all_too_long(aligned, limits))

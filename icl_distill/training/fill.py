@@ -28,7 +28,7 @@ from icl_distill.models.loading import (
     weights_hash,
 )
 from .batches import first_batches, prepare
-from .teachers import TeacherWeights, teacher_of
+from .teachers import TeacherWeights, on_common_vocabulary, other_weights, teacher_of
 
 # %% ../../nbs/training/08_fill.ipynb #ft09
 def length_groups(
@@ -93,7 +93,11 @@ def fill_targets(
     positions = positions_of(base_of(model).config)
     data = prepare(cfg, task, Prompter(tok, cfg.prompt), how.progress, positions)
     head = frozen_head(model) or trained_head(model)
-    weights = TeacherWeights(model, head, weights_hash(model))
+    weights = other_weights(cfg, tok, machine_of(cfg).device)
+    if weights:
+        _, weights = on_common_vocabulary(head, weights, tok)
+    else:
+        weights = TeacherWeights(model, head, weights_hash(model), cfg.model.dtype)
     own = None if how.tokens else first_batches(data, cfg.train, cfg.seed, how.processes)
     teacher = teacher_of(cfg, weights, data, tok.pad_token_id, own)
     cache = teacher.cache

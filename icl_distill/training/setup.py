@@ -25,7 +25,7 @@ from .batches import Data, first_batches
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
-from .teachers import TeacherWeights, teacher_of
+from .teachers import TeacherWeights, on_common_vocabulary, other_weights, teacher_of
 from .trackers import check_tracker, start_tracker
 
 # %% ../../nbs/training/04_setup.ipynb #su005
@@ -113,7 +113,9 @@ def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
     cfg, data, learner = state.config, state.data, state.learner
     if not cfg.has_teacher:
         return None
-    weights = TeacherWeights(state.model, learner.head, state.base_hash)
+    weights = TeacherWeights(state.model, learner.head, state.base_hash, cfg.model.dtype)
+    if state.other:
+        learner.head, weights = on_common_vocabulary(learner.head, state.other, state.tokenizer)
     first_batch = first_batches(data, cfg.train, cfg.seed, learner.accelerator.num_processes)
     return teacher_of(cfg, weights, data, learner.pad_id, first_batch)
 
@@ -132,7 +134,9 @@ def assemble(
     if cfg.hidden.weight:
         learner.hidden, learner.taps = cfg.hidden, Taps(body_of(model), cfg.hidden)
     optimizer = _optimizer(model, cfg)
-    return TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
+    state = TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
+    state.other = other_weights(cfg, tok, accelerator.device)
+    return state
 
 # %% ../../nbs/training/04_setup.ipynb #su019
 def _begin_folder(state: TrainState):

@@ -97,7 +97,7 @@ def _expected(learner: Learner, targets: Targets | HiddenTargets | None, batch: 
 def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: float) -> LossParts:
     "Of one micro-batch: summed, not averaged. `share`: answer tokens for each compared state."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
-    targets = learner.teacher(examples) if learner.teacher else None
+    targets = learner.teacher(examples).to(accelerator.device) if learner.teacher else None
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
     batch = pack(ids, n_answers, learner.pad_id).to(accelerator.device)
     expected = _expected(learner, targets, batch)
