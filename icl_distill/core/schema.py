@@ -151,8 +151,8 @@ class HiddenConfig(Section):
         [-1], "which states: 0 the embedding, 1 … L the layers', negative from the end; []: all"
     )
     embeddings: Switch = setting(False, "the embedding too")
-    positions: Literal["answer", "last_prompt"] = setting(
-        "answer", "those that predict answer tokens, or the first of them"
+    positions: Literal["answer", "last_prompt", "before_answer"] = setting(
+        "answer", "those that predict answer tokens; the first of them; or the final answer's first"
     )
     distance: Literal["mse", "smooth_l1", "cosine"] = setting("mse", "of two states")
     norm: Literal["none", "l2", "std"] = setting(

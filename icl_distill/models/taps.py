@@ -44,6 +44,8 @@ def compared(
     "Where states are compared."
     if positions == "answer":
         return torch.arange(len(batch.rows), device=batch.rows.device)
+    if positions == "before_answer":
+        return batch.finals
     first = torch.ones_like(batch.rows, dtype=torch.bool)
     first[1:] = batch.rows[1:] != batch.rows[:-1]
     return first.nonzero()[:, 0]

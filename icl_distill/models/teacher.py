@@ -45,7 +45,9 @@ def plain_targets(
 ) -> Targets | HiddenTargets:  # A positions
     "Targets by one forward pass over the whole of context, question and answer: the definition."
     device = next(model.parameters()).device
-    packed = pack([a.teacher_ids for a in batch], [a.n_answer for a in batch], pad_id).to(device)
+    finals = [a.final for a in batch]
+    ids, n_answers = [a.teacher_ids for a in batch], [a.n_answer for a in batch]
+    packed = pack(ids, n_answers, pad_id, finals=finals).to(device)
     with adapter_off(model):
         return targets_of(answer_hidden(model, packed), head, top_k, temperature)
 
@@ -82,7 +84,8 @@ def cached_targets(
     device = next(model.parameters()).device
     used = [prefix.used(a) for a, prefix in rows]
     rest = [a.teacher_ids[n:] for (a, _), n in zip(rows, used, strict=True)]
-    packed = pack(rest, [a.n_answer for a, _ in rows], pad_id).to(device)
+    finals = [a.final for a, _ in rows]
+    packed = pack(rest, [a.n_answer for a, _ in rows], pad_id, finals=finals).to(device)
     with adapter_off(model):
         hidden = hidden_behind(model, packed, used, [prefix.kv for _, prefix in rows])
         return targets_of(hidden, head, top_k, temperature)

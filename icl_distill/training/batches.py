@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from ..core.config import Config, TrainConfig
 from ..core.files import InputError
 from ..core.hub import load_model_config
-from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
+from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of, with_final
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
+from ..data.examples import ScoringRule
 from ..data.prompts import Prompter
 from ..data.tasks import Task
 from ..models.loading import positions_of
@@ -175,6 +176,9 @@ def prepare(
             f"no training example is left: {len(reserved)} are reserved as shots, "
             f"{len(too_long)} are too long"
         )
+    if cfg.hidden.weight and cfg.hidden.positions == "before_answer":
+        rule = ScoringRule(task.extract, task.regex)
+        aligned = [with_final(prompter.tok, a, rule) for a in aligned]
     prefixes = {c.key: prompter.shared_prefix(c) for c in read.shared} if read else {}
     left_out = {"shots_of_the_shared_context": sorted(reserved), "too_long": too_long}
     return Data(aligned, prefixes, left_out)

@@ -99,7 +99,8 @@ def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: floa
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
     targets = learner.teacher(examples).to(accelerator.device) if learner.teacher else None
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
-    batch = pack(ids, n_answers, learner.pad_id).to(accelerator.device)
+    finals = [a.final for a in examples]
+    batch = pack(ids, n_answers, learner.pad_id, finals=finals).to(accelerator.device)
     expected = _expected(learner, targets, batch)
     if isinstance(targets, HiddenTargets) and not learner.loss.weight:
         targets = None  # whole rows of logits are not made for the log alone
