@@ -134,11 +134,9 @@ def test_the_position_before_the_final_answer(tmp_path):
         assert rest.strip() == golds[a.id].rpartition("#### ")[2] and a.final > 1
     row = [json.loads(line) for line in lines(go(tmp_path, *over, "steps=2").parent.parent)][-1]
     assert row["hidden"] > 0
-    bare = dataclasses.replace(TOY.train[5], answer="nobody knows")
+    bare = dataclasses.replace(TOY.train[5], id="bare", answer="nobody knows")
     with raises(repr(bare.id), "no final answer", "choose last_prompt"):
-        prepare(
-            cfg, dataclasses.replace(TOY, train=[*TOY.train[6:], bare]), Prompter(tok, cfg.prompt)
-        )
+        prepare(cfg, dataclasses.replace(TOY, train=[*TOY.train, bare]), Prompter(tok, cfg.prompt))
     with raises("choose answer or last_prompt"):
         own = ["answers.source=student", "loss={ce: 0, weight: 1}", "evaluate.max_new_tokens=4"]
         go(tmp_path / "own", over[0], *own)

@@ -43,7 +43,9 @@ class Head:
 
     def first(self, n: int) -> "Head":
         "For the first `n` ids of the vocabulary: views, no copies."
-        return replace(self, weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n])
+        return replace(
+            self, weight=self.weight[:n], bias=None if self.bias is None else self.bias[:n]
+        )
 
 # %% ../../nbs/objectives/01_targets.ipynb #ta07
 Rows = TypeVar("Rows", bound="Kept")

@@ -148,7 +148,7 @@ def _limits(cfg: Config, positions: int | None) -> list[Limit]:
     own = [limit for limit in limits if limit.who == "student"]
     return own + [limit for limit in theirs if limit.who == "teacher"]
 
-
+# %% ../../nbs/training/01_batches.ipynb #k006b
 def prepare(
     cfg: Config,
     task: Task,

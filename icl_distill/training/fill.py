@@ -28,7 +28,12 @@ from icl_distill.models.loading import (
     weights_hash,
 )
 from .batches import first_batches, prepare
-from .teachers import TeacherWeights, on_common_vocabulary, other_weights, teacher_of
+from icl_distill.training.teachers import (
+    TeacherWeights,
+    on_common_vocabulary,
+    other_weights,
+    teacher_of,
+)
 
 # %% ../../nbs/training/08_fill.ipynb #ft09
 def length_groups(

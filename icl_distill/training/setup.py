@@ -25,7 +25,12 @@ from .batches import Data, first_batches
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
-from .teachers import TeacherWeights, on_common_vocabulary, other_weights, teacher_of
+from icl_distill.training.teachers import (
+    TeacherWeights,
+    on_common_vocabulary,
+    other_weights,
+    teacher_of,
+)
 from .trackers import check_tracker, start_tracker
 
 # %% ../../nbs/training/04_setup.ipynb #su005

@@ -53,7 +53,9 @@ def targets_cache(
     else:
         known.append("last hidden state")
     folder = Path(cfg.teacher.cache_folder or Run(cfg.run).targets_path)
-    return CachedTargets(" ".join(known), folder if cfg.teacher.cache == "disk" else None, weights.head)
+    return CachedTargets(
+        " ".join(known), folder if cfg.teacher.cache == "disk" else None, weights.head
+    )
 
 # %% ../../nbs/training/01_teachers.ipynb #th10
 def teacher_of(
@@ -75,9 +77,7 @@ def teacher_of(
         prefix_bytes=cfg.teacher.prefix_gib * 2**30,
         first_batch=first_batch,
     )
-    return Teacher(
-        weights.model, weights.head, pad_id, cfg.teacher.kept_k, data.prefixes, options
-    )
+    return Teacher(weights.model, weights.head, pad_id, cfg.teacher.kept_k, data.prefixes, options)
 
 # %% ../../nbs/training/01_teachers.ipynb #th13
 def other_weights(
