@@ -101,6 +101,11 @@ def equal(first, second):
     return equal_tensors(adapter(first), adapter(second))
 
 
+def files_of(folder):
+    "The cached targets in a folder: by file, by name."
+    return {path.name: load_file(path) for path in folder.glob("*/*.safetensors")}
+
+
 def names(run):
     "Its whole checkpoints, oldest first."
     return [checkpoint.folder.name for checkpoint in Run(run).checkpoints()]

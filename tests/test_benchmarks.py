@@ -67,6 +67,22 @@ def test_losses_ratios_are_those_of_the_raw_figures():
     )
 
 
+def test_last_states_ratios_are_those_of_the_raw_figures():
+    r = json.loads((bench / "last_states.json").read_text())
+    assert {row["model"] for row in r["rows"]} == {"SmolLM2-135M", "Qwen3-1.7B"}
+    for row in r["rows"]:
+        seconds = row["seconds"]
+        assert row["median"] == {k: median(v) for k, v in seconds.items()}
+        assert all(len(v) == r["repeats"] >= 5 for v in seconds.values())
+        for way in ("hidden", "plain"):
+            pairs = zip(seconds[way], seconds["topk"], strict=True)
+            assert row["ratio"][way] == median([a / b for a, b in pairs])
+        K, b = r["top_k"], 4 if r["dtype"] == "float32" else 2
+        assert row["kept_bytes"] == dict(topk=K * (b + 4) + 4, hidden=row["D"] * b)
+        assert row["kept_bytes_bfloat16"] == dict(topk=K * 6 + 4, hidden=row["D"] * 2)
+        assert row["peak_bytes"]["hidden"] < row["peak_bytes"]["plain"] / 4
+
+
 def test_scalings_growth_is_that_of_the_raw_figures():
     r = json.loads((bench / "scaling.json").read_text())
     rows = r["context"] + r["answer"]

@@ -486,6 +486,8 @@ choices += [("device", get_args(Config.model_fields["device"].annotation))]
 def test_choices(key, values):
     for v in values:
         asked = ["task.questions_path=x.txt"] if key == "answers.source" else []
+        if key in ("teacher.dtype", "teacher.device"):
+            asked = ["teacher.model=a/b"]
         needs = {"regex": ["task.regex=x"], "text": ["context.text=x"], "student": ["loss.ce=0"]}
         more = needs.get(v, asked)
         assert get(over(f"{key}={v}", *more), key) == v

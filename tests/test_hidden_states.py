@@ -1,18 +1,23 @@
 """Terms on hidden states: equal to brute force on full states, by every way a teacher reads."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from helpers_training import PAD, config, equal, go, gradient_of, toy_batch
+from helpers_training import PAD, TOY, config, equal, go, gradient_of, lines, toy_batch
 from torch.testing import assert_close
 
 from icl_distill.core.config import HiddenConfig, LossConfig
 from icl_distill.core.runs import Run
 from icl_distill.data.alignment import pack
+from icl_distill.data.prompts import Prompter
 from icl_distill.models.loading import adapter_off, body_of, frozen_head
 from icl_distill.models.taps import Taps, remove_taps
 from icl_distill.models.teacher import Teacher
 from icl_distill.objectives.hidden_states import state_distance
-from icl_distill.testing import noisy_adapter, raises, tiny_model
+from icl_distill.testing import noisy_adapter, raises, real_tokenizer, tiny_model
+from icl_distill.training.batches import prepare
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
 
@@ -27,10 +32,27 @@ FORMS = [
         distance="smooth_l1",
         norm="std",
     ),  # CODI's
+    HiddenConfig(weight=2.0, layers=[], positions="before_answer", distance="smooth_l1"),
     HiddenConfig(weight=0.5, layers=[], norm="l2"),  # Condition C
     HiddenConfig(weight=0.5, sum=True),
     HiddenConfig(weight=1.0, layers=[1, -1], distance="cosine"),
 ]
+
+
+MARK = 19  # a token that each answer has once, in varied places
+
+
+def marked(batch):
+    "Answers with a mark in them, behind which nobody looks: the final answer begins with it."
+    out = []
+    for i, a in enumerate(batch):
+        at = 1 + i % (a.n_answer - 1)
+        answer = [20 if token == MARK else token for token in a.answer_ids]
+        answer[at] = MARK
+        both = (ids[: -a.n_answer] + answer for ids in (a.student_ids, a.teacher_ids))
+        named = dict(zip(("student_ids", "teacher_ids"), both, strict=True))
+        out.append(dataclasses.replace(a, final=at, **named))
+    return out
 
 
 def all_states(model, batch, whose):
@@ -56,6 +78,9 @@ def brute_force(model, batch, cfg):
     at = list(range(len(ours)))
     if cfg.positions == "last_prompt":
         at = [i for i in at if i == 0 or p.rows[i] != p.rows[i - 1]]
+    if cfg.positions == "before_answer":
+        at = [i for i in at if p.labels[i] == MARK]
+        assert len(at) == len(batch)
     return state_distance(ours[at][:, chosen], theirs[at][:, chosen], cfg).mean()
 
 
@@ -74,6 +99,7 @@ def learner_of(model, cfg, prefixes, ce=0.0):
 def test_equals_brute_force(cfg, cached):
     "The same gradient, with the context's keys and values kept or read at once, in any batches."
     batch, prefixes = toy_batch()
+    batch = marked(batch)
     model = noisy_adapter(tiny_model(initializer_range=0.2))
     brute_force(model, batch, cfg).mul(cfg.weight).backward()
     want = gradient_of(model)
@@ -95,6 +121,25 @@ def test_zero_at_equality(cfg):
     sums = backward_step(learner, [batch])
     assert sums[0].abs() < 1e-5 and gradient_of(model).abs().max() < 1e-6
     remove_taps(body_of(model))
+
+
+def test_the_position_before_the_final_answer(tmp_path):
+    "A final answer begins where the scoring rule finds it, in the student's and teacher's ids."
+    over = ["hidden={weight: 1, positions: before_answer}", "loss={weight: 0}"]
+    cfg, tok = config(tmp_path, *over), real_tokenizer()
+    data = prepare(cfg, TOY, Prompter(tok, cfg.prompt))
+    golds = {example.id: example.answer for example in TOY.train}
+    for a in data.aligned:
+        rest = tok.decode(a.answer_ids[a.final :], skip_special_tokens=True)
+        assert rest.strip() == golds[a.id].rpartition("#### ")[2] and a.final > 1
+    row = [json.loads(line) for line in lines(go(tmp_path, *over, "steps=2").parent.parent)][-1]
+    assert row["hidden"] > 0
+    bare = dataclasses.replace(TOY.train[5], id="bare", answer="nobody knows")
+    with raises(repr(bare.id), "no final answer", "choose last_prompt"):
+        prepare(cfg, dataclasses.replace(TOY, train=[*TOY.train, bare]), Prompter(tok, cfg.prompt))
+    with raises("choose answer or last_prompt"):
+        own = ["answers.source=student", "loss={ce: 0, weight: 1}", "evaluate.max_new_tokens=4"]
+        go(tmp_path / "own", over[0], *own)
 
 
 def test_gradient_by_finite_differences():

@@ -21,7 +21,7 @@ from icl_distill.objectives.losses import (
     mse,
     plain_loss,
 )
-from icl_distill.objectives.targets import Head, Targets, topk_targets
+from icl_distill.objectives.targets import Head, HiddenTargets, Targets, topk_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +67,9 @@ def cases(draw):
         draw(st.sampled_from([None, 1.5, 30.0])),
     )
     hidden, other = (torch.randn(A, D, generator=g, dtype=torch.float64) for _ in range(2))
-    targets = topk_targets(head(other), K, T) if draw(st.integers(0, 5)) else None
+    targets = draw(
+        st.sampled_from([topk_targets(head(other), K, T), HiddenTargets(other, head), None])
+    )
     return hidden, torch.randint(V, (A,), generator=g), head, targets, cfg
 
 
@@ -103,6 +105,43 @@ def test_chunked_equals_plain_float32(kind, tail):
         strict=True,
     ):
         assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_states_give_the_loss_over_all_logits(kind):
+    "Uncached, in float32 and float64: whole rows of logits of both, torch's own functions."
+    T = 1.0 if kind.endswith("mse") else 2.0
+    cfg = LossConfig(kind=kind, temperature=T, ce=0.5, weight=0.7, beta=0.3, chunk_size=16)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 3e-5)):
+        g = torch.Generator().manual_seed(2)
+        head = Head(torch.randn(5000, 32, generator=g).to(dtype) / 4)
+        other = Head(torch.randn(5000, 24, generator=g).to(dtype) / 4)  # another model's
+        hidden, states = (torch.randn(70, D, generator=g).to(dtype) for D in (32, 24))
+        labels = torch.randint(5000, (70,), generator=g)
+        h = hidden.clone().requires_grad_()
+        s, t = head(h), other(states)
+        lq, lp = (s / T).log_softmax(-1), (t / T).log_softmax(-1)
+        m = (0.3 * lp.exp() + 0.7 * lq.exp()).log()
+        delta = s - t
+        d = {
+            "mse": F.mse_loss(s, t, reduction="none").mean(-1),
+            "centred_mse": delta.var(-1, correction=0),
+            "forward_kl": F.kl_div(lq, lp, log_target=True, reduction="none").sum(-1) * T**2,
+            "reverse_kl": F.kl_div(lp, lq, log_target=True, reduction="none").sum(-1) * T**2,
+            "jsd": T**2
+            * sum(
+                share * F.kl_div(m, x, log_target=True, reduction="none").sum(-1)
+                for share, x in ((0.3, lp), (0.7, lq))
+            ),
+        }[kind]
+        want = 0.5 * F.cross_entropy(s, labels, reduction="sum") + 0.7 * d.sum()
+        (0.37 * want).backward()
+        targets = HiddenTargets(states, other)
+        for f in (plain_loss, chunked_loss):
+            total, sums, grad = _run(f, hidden, labels, head, targets, cfg)
+            assert_close(total, want.detach(), rtol=tolerance, atol=tolerance)
+            assert_close(grad, h.grad, rtol=tolerance, atol=tolerance)
+            assert_close(sums[SUMS.index("distill")], d.sum().detach(), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])

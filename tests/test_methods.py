@@ -24,6 +24,8 @@ def test_two_steps(name, model, tmp_path):
     labelled = load_config(name).answers.source == "gold"
     sizes = ["task.n_train=24"] if labelled else ["task.n_questions=12"]
     given = [name, f"model.name={model}", f"run={tmp_path}", *sizes, *SMALL, *STEPS]
+    if load_config(name).teacher.model:
+        given += [f"teacher.model={model}"]
     done = CliRunner().invoke(app, ["train", *given], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     rows = Run(tmp_path).metrics()

@@ -20,9 +20,9 @@ core: files sections inputs schema config hub pace devices
 core: checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts alignment encoding
-objectives: targets losses chunked_loss hidden_states
-models: taps loading shared_prefix teacher decoding generation vllm_engine engines
-training: batches fill state step on_policy trackers setup loop answers labels
+objectives: targets losses whole_vocabulary chunked_loss hidden_states
+models: taps loading shared_prefix target_cache teacher decoding generation vllm_engine engines
+training: batches teachers fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures grid study study_figure

@@ -236,8 +236,10 @@ def step_memory(
     activations = B * T * (again if train.gradient_checkpointing else s.layers * layer)
     kv, teacher = _teacher_bytes(s, cfg, longest, mode)
     pool = cfg.context.pool_size if cfg.context.kind == "pool" else 1
-    logits = min(B * A, cfg.loss.chunk_size) * s.vocab * (b + 4)
-    targets = (mode != "sft") * B * A * cfg.teacher.top_k * (b + 4)
+    k, teaches = cfg.teacher.kept_k, mode != "sft"
+    rows = 1 + (teaches and k is None)  # the teacher's too
+    logits = min(B * A, cfg.loss.chunk_size) * s.vocab * (b + 4) * rows
+    targets = teaches * B * A * (s.hidden * b if k is None else k * (b + 4))
     out = dict(
         weights=s.params * b,
         adapter_and_optimiser=s.lora(cfg.lora) * (16 + 4 * (processes > 1)),

@@ -110,8 +110,10 @@ def mode_of(
     cfg: Config,  # weight of the loss, cache of the teacher, and as above
     s: Shape,
 ) -> str:  # of `MODES`, not `original`
-    "By which way a run's teacher gets its targets."
-    if not cfg.loss.weight:
+    "By which way a run's teacher gets its targets. Raises `InputError` for another model's."
+    if cfg.has_teacher and cfg.teacher.model:
+        raise InputError("there is no estimate for a run with another teacher (teacher.model)")
+    if not cfg.has_teacher:
         return "sft"
     return "remembered" if cfg.teacher.cache != "off" else online_mode(cfg, s)
 

@@ -74,14 +74,50 @@ Conditions = Annotated[
 
 # %% ../../nbs/core/03_schema.ipynb #sc017
 class TeacherConfig(Section):
-    "The teacher's targets."
+    "The teacher and its targets."
 
-    top_k: PositiveInt = setting(256, "K, vocabulary ids per answer token")
+    model: Text | None = setting(
+        None, "another model of the same tokenizer (as model.name); default: the student's base"
+    )
+    revision: Text | None = setting(None, "with teacher.model: branch, tag or commit")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "with teacher.model: of its weights"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting(
+        "auto", "with teacher.model: where it runs; auto: where the student does"
+    )
+    keep: Literal["topk", "hidden"] = setting(
+        "topk", "its top-K logits; or its last hidden state, for a loss over the whole vocabulary"
+    )
+    top_k: PositiveInt = setting(256, "keep: topk; K, vocabulary ids per answer token")
     cache: Literal["off", "ram", "disk"] = setting("off", "keep an example's targets once computed")
     cache_folder: Text | None = setting(
         None, "for cache: disk; default: `targets` in the run's folder"
     )
     prefix_gib: Positive = setting(4.0, "GiB of cached prefixes (KV caches of contexts), at most")
+
+    @property
+    def kept_k(self) -> int | None:  # None: the last hidden state is kept
+        "K of what is kept."
+        return self.top_k if self.keep == "topk" else None
+
+    def other(self, student: ModelConfig) -> ModelConfig | None:  # None: the student's base
+        "The teacher's model."
+        if self.model is None:
+            return None
+        return replace(
+            ModelConfig(name=self.model, attention=student.attention),
+            revision=self.revision,
+            dtype=self.dtype,
+        )
+
+    @model_validator(mode="after")
+    def _there_is_another_model(self):
+        told = ("revision", self.revision), ("dtype", self.dtype), ("device", self.device)
+        for key, value in told:
+            if self.model is None and value not in (None, "auto"):
+                raise disagree(f"teacher.{key}={value} is of teacher.model, which is not given")
+        return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc018
 class LossConfig(Section):
@@ -117,14 +153,19 @@ class HiddenConfig(Section):
         [-1], "which states: 0 the embedding, 1 … L the layers', negative from the end; []: all"
     )
     embeddings: Switch = setting(False, "the embedding too")
-    positions: Literal["answer", "last_prompt"] = setting(
-        "answer", "those that predict answer tokens, or the first of them"
+    positions: Literal["answer", "last_prompt", "before_answer"] = setting(
+        "answer", "those that predict answer tokens; the first of them; or the final answer's first"
     )
     distance: Literal["mse", "smooth_l1", "cosine"] = setting("mse", "of two states")
     norm: Literal["none", "l2", "std"] = setting(
         "none", "divide both by their lengths, or by the teacher's standard deviation"
     )
     sum: Switch = setting(False, "over the entries of a state, in place of the mean")
+
+    @property
+    def last_alone(self) -> bool:
+        "Is the model's last state the only one?"
+        return self.layers == [-1] and not self.embeddings
 
 # %% ../../nbs/core/03_schema.ipynb #sc021
 class TrainConfig(Section):
@@ -216,15 +257,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _states_can_be_compared(self):
+        cached = self.teacher.cache != "off"
+        enough = self.teacher.keep == "hidden" and self.hidden.last_alone
         kept = {
-            "teacher.cache": self.teacher.cache != "off",
+            "teacher.model": self.teacher.model is not None,
+            "teacher.cache": cached and not enough,
             "train.gradient_checkpointing": self.train.gradient_checkpointing,
             "train.compile": self.train.compile,
         }
         if self.hidden.weight and (other := next((key for key in kept if kept[key]), None)):
             raise disagree(
                 f"hidden.weight compares the states of both at each step, which {other} "
-                "does not leave to be compared: switch it off"
+                "does not leave to be compared: switch it off (or, for hidden.layers=[-1], keep "
+                "the last state: teacher.keep=hidden)"
             )
         return self
 
@@ -255,10 +300,11 @@ class Config(Section):
                 "answers.source is 'student', whose answers are new each time: "
                 "teacher.cache must be off"
             )
-        if self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse"):
+        blind = self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse")
+        if blind and self.teacher.keep == "topk":
             raise disagree(
                 "answers.source is 'student', which could leave the teacher's top K unpunished: "
-                "set loss.tail=true, and another loss.kind than centred_mse"
+                "set loss.tail=true and another loss.kind than centred_mse, or teacher.keep=hidden"
             )
         if self.train.compile:
             raise disagree(

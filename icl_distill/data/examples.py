@@ -159,6 +159,18 @@ class ScoringRule:
         found = text.strip() if self.extract == "exact" else self._match(text)
         return found, found
 
+    def begins(self, text: str) -> int | None:  # characters before it; None: nothing is found
+        "Where in a text its answer begins: the strict one, or else the flexible one."
+        if self.extract == "number":
+            found = _STRICT.search(text)
+            if found:
+                return found.start(1)
+            return max((match.start() for match in _FLEXIBLE.finditer(text)), default=None)
+        if self.extract == "exact":
+            return len(text) - len(text.lstrip()) if text.strip() else None
+        found = re.search(self.regex or "", text)
+        return found.start(1 if found.re.groups else 0) if found else None
+
     def equal(self, found: str | None, gold: str) -> bool:
         "Is what was found what should be?"
         if found is None:

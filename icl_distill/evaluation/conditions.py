@@ -40,6 +40,11 @@ def base_condition(
     """
     if name == "zero_shot":
         return Condition(name)
+    if name == "teacher" and cfg.teacher.model:
+        raise InputError(
+            "condition 'teacher': the teacher is another model; evaluate it by itself, with "
+            f"model.name={cfg.teacher.model}"
+        )
     if name == "teacher":
         shared = Contexts(cfg.context, train).shared
         if len(shared) != 1:

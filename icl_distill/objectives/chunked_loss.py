@@ -22,7 +22,8 @@ from icl_distill.objectives.losses import (
     _Terms,
     distill_loss,
 )
-from .targets import Head, Targets, _wide, topk_targets
+from .targets import Head, HiddenTargets, Targets, _wide, topk_targets
+from .whole_vocabulary import whole_terms_
 
 # %% ../../nbs/objectives/03_chunked_loss.ipynb #ch05
 @dataclass
@@ -30,7 +31,7 @@ class _Job:
     "Everything a chunked loss is asked for, but the hidden states."
 
     labels: Tensor  # (A,)
-    targets: Targets | None
+    targets: Targets | HiddenTargets | None
     head: Head  # in the dtype of the hidden states
     cfg: LossConfig
     gradient: bool  # is one wanted?
@@ -82,6 +83,7 @@ class _Powers:
 def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     "The loss at a chunk's logits `x` (a,V), which become exp(x-max)."
     targets, cfg = job.targets, job.cfg
+    assert not isinstance(targets, HiddenTargets), "whole rows go another way"
     at_label = x.gather(1, job.labels[:, None])[:, 0]
     if targets is None:
         z, logz = _exp_(x)
@@ -162,6 +164,21 @@ class _BufferedHead:
             return self.head.scale
         return (1 - (_wide(logits) / self.head.softcap).square()) * self.head.scale
 
+# %% ../../nbs/objectives/03_chunked_loss.ipynb #ch21
+class _WholeTeacher:
+    "As `_logit_grads`, over the whole vocabulary."
+
+    def __init__(self, targets: HiddenTargets, n: int):
+        self.head = _BufferedHead(targets.head, targets.states, n)
+
+    def __call__(self, x: Tensor, job: _Job) -> tuple[list[Tensor], _Terms]:
+        assert isinstance(job.targets, HiddenTargets)
+        t = self.head.logits(job.targets.states, gradient=False)
+        terms = whole_terms_(x, t, job.labels, job.cfg, job.gradient)
+        if not job.gradient:
+            return [], terms
+        return [x, t] if job.apart else [x.add_(t)], terms
+
 # %% ../../nbs/objectives/03_chunked_loss.ipynb #c052
 class _ChunkedLoss(torch.autograd.Function):
     "Loss and gradient in the forward pass, a chunk at a time; the backward pass hands it over."
@@ -170,12 +187,14 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, job: _Job) -> tuple[Tensor, Tensor]:  # total, sums
         n = max(min(job.cfg.chunk_size, len(hidden)), 1)
         head = _BufferedHead(job.head, hidden, n)
+        whole = _WholeTeacher(job.targets, n) if isinstance(job.targets, HiddenTargets) else None
         hidden_grad = torch.empty_like(hidden) if job.gradient else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         sums = torch.zeros(len(SUMS), dtype=wide, device=hidden.device)
         for i in range(0, len(hidden), n):
             logits = head.logits(hidden[i : i + n], job.gradient)
-            logit_grads, terms = _logit_grads(logits, job.rows(i, i + n))
+            part = job.rows(i, i + n)
+            logit_grads, terms = (whole or _logit_grads)(logits, part)
             grads = [head.hidden_grad(x) for x in logit_grads]
             if hidden_grad is not None:
                 hidden_grad[i : i + n] = sum(grads)
@@ -198,7 +217,7 @@ def chunked_loss(
     hidden: Tensor,  # (A,D) the states that predict the answer tokens
     labels: Tensor,  # (A,) int64, gold tokens
     head: Head,  # frozen
-    targets: Targets | None,  # None: cross-entropy alone
+    targets: Targets | HiddenTargets | None,  # None: cross-entropy alone
     cfg: LossConfig,
     diagnose: bool = False,  # gradient norms too?
 ) -> LossParts:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.config import LossConfig
+from ..core.config import LossConfig, replace
 from ..core.files import InputError
-from .targets import Head, Targets, _wide, topk_targets
+from .targets import Head, HiddenTargets, Kept, Targets, _wide, topk_targets
 
 # %% ../../nbs/objectives/02_losses.ipynb #c015
 def mse(student: Tensor, teacher: Tensor) -> Tensor:  # (A,K), (A,K) -> (A,)
@@ -148,6 +148,20 @@ def _mass(values: Tensor, logz: Tensor, temperature: float) -> Tensor:
     "The summed probability of logits with this log-partition."
     return (values / temperature - logz[:, None]).exp().sum()
 
+# %% ../../nbs/objectives/02_losses.ipynb #lo05
+@dataclass
+class _Whole:
+    "The same where the teacher's whole rows of logits were there: K is V, and nothing is left out."
+
+    loss: Tensor  # (a,) unweighted
+    mse: Tensor  # (a,) raw, whatever the kind
+    shift: Tensor  # (a,) its part that softmax cannot see
+
+    def sums(self, temperature: float) -> dict[str, Tensor | float]:
+        n = len(self.loss)
+        found = {"distill": self.loss.sum(), "mse": self.mse.sum(), "shift": self.shift.sum()}
+        return {**found, "distilled": n, "topk_mass": n, "student_topk_mass": n}
+
 # %% ../../nbs/objectives/02_losses.ipynb #c037b
 @dataclass
 class _Terms:
@@ -155,7 +169,7 @@ class _Terms:
 
     ce: Tensor  # (a,)
     total: Tensor  # (a,) w·CE + λ·distillation
-    distilled: _Distilled | None = None
+    distilled: _Distilled | _Whole | None = None
 
     def sums(
         self,
@@ -212,14 +226,14 @@ def loss_metrics(
     return out
 
 # %% ../../nbs/objectives/02_losses.ipynb #c041
-def _check_shapes(hidden: Tensor, labels: Tensor, targets: Targets | None):
+def _check_shapes(hidden: Tensor, labels: Tensor, targets: Kept | None):
     "Raises `InputError` where positions, labels and targets are not equally many."
     fits = hidden.dim() == 2 and labels.shape == hidden.shape[:1]
     if targets is not None:
         fits = fits and len(targets) == len(labels)
     if fits:
         return
-    also = "" if targets is None else f", targets {tuple(targets.values.shape)}"
+    also = "" if targets is None else f", targets {len(targets)}"
     raise InputError(
         f"one label (and one row of targets) is needed for each answer position: "
         f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}{also}"
@@ -229,12 +243,18 @@ def _check_shapes(hidden: Tensor, labels: Tensor, targets: Targets | None):
 def _grad(term: Tensor, hidden: Tensor) -> Tensor:
     return torch.autograd.grad(term.sum(), hidden, retain_graph=True)[0]
 
+
+def _whole_rows(targets: HiddenTargets, cfg: LossConfig) -> tuple[Targets, LossConfig]:
+    "All V logits as the top K, of which nothing is the rest."
+    logits = targets.logits()
+    return topk_targets(logits, logits.shape[-1], cfg.temperature), replace(cfg, tail=False)
+
 # %% ../../nbs/objectives/02_losses.ipynb #c041b
 def plain_loss(
     hidden: Tensor,  # (A,D) the states that predict the answer tokens
     labels: Tensor,  # (A,) int64, gold tokens
     head: Head | torch.nn.Module,  # (A,D) -> (A,V); a module may be trained too
-    targets: Targets | None,  # None: cross-entropy alone
+    targets: Targets | HiddenTargets | None,  # None: cross-entropy alone
     cfg: LossConfig,
     diagnose: bool = False,  # gradient norms too?
 ) -> LossParts:
@@ -242,6 +262,8 @@ def plain_loss(
 
     Raises `InputError` where the numbers of rows differ."""
     _check_shapes(hidden, labels, targets)
+    if isinstance(targets, HiddenTargets):
+        targets, cfg = _whole_rows(targets, cfg)
     logits = _wide(head(hidden))
     ce = F.cross_entropy(logits, labels, reduction="none")
     weighted = cfg.ce * ce

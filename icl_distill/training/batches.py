@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from ..core.config import Config, TrainConfig
 from ..core.files import InputError, digest
-from ..core.hub import tokenizer_hash
-from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of
+from ..core.hub import load_model_config, tokenizer_hash
+from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of, with_final
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
-from ..data.examples import with_wrong_answers
+from ..data.examples import ScoringRule, with_wrong_answers
 from ..data.prompts import Prompter
 from ..data.tasks import Task
+from ..models.loading import positions_of
 
 # %% ../../nbs/training/01_batches.ipynb #c005
 def step_indices(
@@ -143,6 +144,16 @@ def _contexts(cfg: Config, task: Task) -> Contexts | None:
     return None
 
 
+def _limits(cfg: Config, positions: int | None) -> list[Limit]:
+    "What an example has to fit; another teacher has positions of its own."
+    limits, other = limits_of(cfg.prompt, positions), cfg.teacher.other(cfg.model)
+    if other is None or not cfg.has_teacher:
+        return limits
+    theirs = limits_of(cfg.prompt, positions_of(load_model_config(other)))
+    own = [limit for limit in limits if limit.who == "student"]
+    return own + [limit for limit in theirs if limit.who == "teacher"]
+
+# %% ../../nbs/training/01_batches.ipynb #k006b
 def prepare(
     cfg: Config,
     task: Task,
@@ -161,7 +172,7 @@ def prepare(
     faster = by_pieces(prompter)
     with tqdm(usable, desc="encoding examples", disable=not progress, leave=False) as bar:
         aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
-    limits = limits_of(cfg.prompt, positions)
+    limits = _limits(cfg, positions)
     too_long = complaints(aligned, limits)
     if too_long and cfg.prompt.too_long == "error":
         raise InputError(all_too_long(aligned, limits))
@@ -171,11 +182,17 @@ def prepare(
             f"no training example is left: {len(reserved)} are reserved as shots, "
             f"{len(too_long)} are too long"
         )
+    if cfg.hidden.weight and cfg.hidden.positions == "before_answer":
+        rule = ScoringRule(task.extract, task.regex)
+        aligned = [with_final(prompter.tok, a, rule) for a in aligned]
     prefixes = {c.key: prompter.shared_prefix(c) for c in read.shared} if read else {}
     left_out = {"shots_of_the_shared_context": sorted(reserved), "too_long": too_long}
     return Data(aligned, prefixes, left_out)
 
 # %% ../../nbs/training/01_batches.ipynb #k013
+_ELSEWHERE = {"run", "lora", "train", "evaluate"}  # sections that the ids do not depend on
+
+
 def encoding_key(
     cfg: Config,
     task: Task,
@@ -183,9 +200,10 @@ def encoding_key(
     positions: int | None,  # of the model, where they are known
 ) -> str:  # 16 hexadecimal digits
     "A hash of all that `prepare` looks at."
-    asked = (cfg.prompt.model_dump(), cfg.context.model_dump(), cfg.has_teacher)
-    examples = [[(e.id, e.question, e.answer) for e in some] for some in (task.train, task.shots)]
-    return digest([tokenizer_hash(prompter.tok), *asked, positions, examples])
+    asked = cfg.model_dump(mode="json", exclude=_ELSEWHERE)
+    examples = [list(map(repr, some)) for some in (task.train, task.shots)]
+    scoring = (task.extract, task.regex)
+    return digest([tokenizer_hash(prompter.tok), asked, scoring, positions, examples])
 
 # %% ../../nbs/training/01_batches.ipynb #k015
 def keep_data(

@@ -205,6 +205,11 @@ def check_answers(
 ):
     "Raises `InputError` where there is nothing to prompt with, or no second labeller can be made."
     source = cfg.answers.source
+    if source in ("teacher", "agreed") and cfg.teacher.model:
+        raise InputError(
+            f"answers.source is {source!r}, but answers are made by the student's base, not by "
+            "teacher.model: set answers.source to gold or student, or leave teacher.model out"
+        )
     if source == "gold" or task.train:
         return
     if cfg.context.kind != "text":

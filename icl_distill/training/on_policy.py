@@ -79,6 +79,11 @@ class OwnAnswers:
                 "answers.source=student runs in one process: start it without a launcher"
             )
         cfg, tok = state.config, state.tokenizer
+        if cfg.hidden.weight and cfg.hidden.positions == "before_answer":
+            raise InputError(
+                "hidden.positions=before_answer looks for the final answer in given answers, and "
+                "answers.source is 'student': choose answer or last_prompt"
+            )
         check_room(cfg, state.data.aligned)
         stop_ids = Prompter(tok, cfg.prompt).stop_ids
         self.end = stop_ids[0]

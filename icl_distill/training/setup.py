@@ -20,12 +20,17 @@ from ..core.metrics import cut_metrics
 from ..core.runs import Run
 from ..models.loading import base_of, body_of, frozen_head, trained_head
 from ..models.taps import Taps
-from ..models.teacher import Teacher, TeacherOptions
+from ..models.teacher import Teacher
 from .batches import Data, first_batches, keep_data
-from .fill import targets_cache
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
+from icl_distill.training.teachers import (
+    TeacherWeights,
+    on_common_vocabulary,
+    other_weights,
+    teacher_of,
+)
 from .trackers import check_tracker, start_tracker
 
 # %% ../../nbs/training/04_setup.ipynb #su005
@@ -51,7 +56,7 @@ def accelerator_of(cfg: Config):
             f"the device is {device}, but this process has used accelerate with {there} before: "
             "start a new one"
         )
-    if accelerator.num_processes > 1 and cfg.teacher.cache == "ram" and cfg.loss.weight:
+    if accelerator.num_processes > 1 and cfg.teacher.cache == "ram" and cfg.has_teacher:
         raise InputError(
             "teacher.cache is ram, but each process would compute what another one has: with more "
             "than one process use disk"
@@ -110,18 +115,14 @@ def _optimizer(model, cfg: Config) -> torch.optim.Optimizer:
 
 # %% ../../nbs/training/04_setup.ipynb #su015
 def _teacher(state: TrainState) -> Teacher | None:  # None for SFT
-    cfg, data = state.config, state.data
+    cfg, data, learner = state.config, state.data, state.learner
     if not cfg.has_teacher:
         return None
-    world = state.learner.accelerator.num_processes
-    options = TeacherOptions(
-        temperature=cfg.loss.temperature,
-        cache=targets_cache(cfg, state.base_hash),
-        prefix_bytes=cfg.teacher.prefix_gib * 2**30,
-        first_batch=first_batches(data, cfg.train, cfg.seed, world),
-    )
-    head, pad_id = state.learner.head, state.learner.pad_id
-    return Teacher(state.model, head, pad_id, cfg.teacher.top_k, data.prefixes, options)
+    weights = TeacherWeights(state.model, learner.head, state.base_hash, cfg.model.dtype)
+    if state.other:
+        learner.head, weights = on_common_vocabulary(learner.head, state.other, state.tokenizer)
+    first_batch = first_batches(data, cfg.train, cfg.seed, learner.accelerator.num_processes)
+    return teacher_of(cfg, weights, data, learner.pad_id, first_batch)
 
 # %% ../../nbs/training/04_setup.ipynb #su016
 def assemble(
@@ -138,7 +139,9 @@ def assemble(
     if cfg.hidden.weight:
         learner.hidden, learner.taps = cfg.hidden, Taps(body_of(model), cfg.hidden)
     optimizer = _optimizer(model, cfg)
-    return TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
+    state = TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
+    state.other = other_weights(cfg, tok, accelerator.device)
+    return state
 
 # %% ../../nbs/training/04_setup.ipynb #su019
 def _begin_folder(state: TrainState):

@@ -46,6 +46,7 @@ from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
 from .batches import Data
+from .teachers import TeacherWeights
 
 # %% ../../nbs/training/02_state.ipynb #s004
 @dataclass
@@ -74,6 +75,7 @@ class TrainState:
     model: Any  # the `PeftModel`: the student without a wrapper
     learner: Learner
     optimizer: torch.optim.Optimizer  # of the adapter's weights
+    other: TeacherWeights | None = None  # the teacher's, where it is another model
     step: int = 0  # optimiser steps that are done
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(len(SUMS)))  # not yet logged
     own: Any = None  # `OwnAnswers`, where the student learns from its own
@@ -84,6 +86,11 @@ class TrainState:
 
     def __post_init__(self):
         self.data_hash = self.data_hash or self.data.hash
+
+    @property
+    def teacher_hash(self) -> str | None:  # None: the teacher is the student's base
+        "Of another teacher's weights."
+        return self.other.hash if self.other else None
 
     @property
     def is_main(self) -> bool:
@@ -146,6 +153,8 @@ def _seal(state: TrainState, folder: Path, final: Path):
         "data": state.data_hash,
         "processes": state.learner.accelerator.num_processes,
     }
+    if state.teacher_hash:
+        info["teacher"] = state.teacher_hash
     if notes := Prompter(state.tokenizer, state.config.prompt).notes:
         info["prompt"] = notes
     seal(folder, final, info)
@@ -197,6 +206,9 @@ _FREE = (
     "train.resume",
     "train.tracker",
     "train.save_total_limit",
+    "teacher.model",  # likewise
+    "teacher.revision",
+    "teacher.device",
     "teacher.cache",
     "teacher.cache_folder",
     "teacher.prefix_gib",
@@ -226,6 +238,11 @@ def _check_same_run(checkpoint: Checkpoint, state: TrainState):
         raise InputError(
             f"{folder} was made with other examples: a file of the task, or the tokenizer, "
             "has changed since. Use another `run`"
+        )
+    if info.get("teacher") != state.teacher_hash:
+        raise InputError(
+            f"{folder} was made with another teacher: the weights of teacher.model have changed "
+            "since. Use another `run`"
         )
     if info["processes"] != (now := state.learner.accelerator.num_processes):
         raise InputError(f"{folder} was made by {info['processes']} processes; now there are {now}")

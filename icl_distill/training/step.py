@@ -18,11 +18,13 @@ from torch import nn
 
 from ..core.config import TrainConfig
 from ..core.files import InputError
-from ..data.alignment import Aligned, pack
+from ..data.alignment import Aligned, Packed, pack
 from ..models.loading import answer_hidden
+from ..models.taps import compared
 from ..objectives.chunked_loss import chunked_loss
 from ..objectives.hidden_states import state_distance
 from ..objectives.losses import SUMS, Head, LossParts, plain_loss
+from ..objectives.targets import HiddenTargets, Targets
 from .state import Learner, TrainState
 
 # %% ../../nbs/training/03_step.ipynb #c013
@@ -81,14 +83,27 @@ def _add_hidden(
     sums[SUMS.index("hidden_positions")] += len(distances)
     return LossParts(parts.total + term, sums)
 
+# %% ../../nbs/training/03_step.ipynb #c015f
+def _expected(learner: Learner, targets: Targets | HiddenTargets | None, batch: Packed):
+    "The teacher's states (P,L',D): those its pass has left, or the last ones, which were kept."
+    taps = learner.taps
+    if taps is None:
+        return None
+    if isinstance(targets, HiddenTargets) and taps.last_alone:
+        return targets.states[compared(taps.positions, batch)][:, None]
+    return taps.take()
+
 
 def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: float) -> LossParts:
     "Of one micro-batch: summed, not averaged. `share`: answer tokens for each compared state."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
-    targets = learner.teacher(examples) if learner.teacher else None
-    expected = taps.take() if taps else torch.empty(0)
+    targets = learner.teacher(examples).to(accelerator.device) if learner.teacher else None
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
-    batch = pack(ids, n_answers, learner.pad_id).to(accelerator.device)
+    finals = [a.final for a in examples]
+    batch = pack(ids, n_answers, learner.pad_id, finals=finals).to(accelerator.device)
+    expected = _expected(learner, targets, batch)
+    if isinstance(targets, HiddenTargets) and not learner.loss.weight:
+        targets = None  # whole rows of logits are not made for the log alone
     with accelerator.autocast():
         hidden = learner.student(batch)
     if isinstance(head, Head):
@@ -110,7 +125,7 @@ def backward_step(
     """
     accelerator = learner.accelerator
     n, share = _answer_tokens(micro, learner), 1.0
-    if learner.taps and learner.hidden.positions == "last_prompt":
+    if learner.taps and learner.hidden.positions != "answer":
         share = n / _total(learner, sum(map(len, micro)))
     sums = torch.zeros(len(SUMS), device=accelerator.device)
     scale = _LOSS_SCALE if learner.head.weight.dtype == torch.float16 else 1.0
