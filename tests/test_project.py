@@ -17,7 +17,7 @@ root = Path(__file__).resolve().parent.parent
 package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
-core: checkpoints strict results record_lines metrics runs
+core: together checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
 models: taps loading shared_prefix teacher decoding generation vllm_engine engines

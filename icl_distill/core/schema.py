@@ -143,6 +143,9 @@ class TrainConfig(Section):
     save_total_limit: PositiveInt | None = setting(None, "keep at most this many")
     log_every: PositiveInt = setting(10, "steps between lines of metrics.jsonl")
     resume: Switch = setting(True, "go on from the run's newest checkpoint")
+    timeout: Positive = setting(
+        1800.0, "seconds that one of several processes may wait at a step before all end"
+    )
     tracker: Tracker | None = setting(None, "where metrics and config are shown too")
 
 # %% ../../nbs/core/03_schema.ipynb #sc022

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,13 +167,14 @@ def _read_targets(path: Path, key: str) -> Targets:
 
 
 def _write_targets(path: Path, key: str, tensors: dict[str, torch.Tensor]):
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=dict(key=key, sha256=_checksum(tensors)))
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"targets could not be written to {path} ({error}); those cached before stay"
         ) from error

@@ -196,6 +196,7 @@ _FREE = (
     "evaluate.",
     "train.resume",
     "train.tracker",
+    "train.timeout",
     "train.save_total_limit",
     "teacher.cache",
     "teacher.cache_folder",
