@@ -20,7 +20,7 @@ core: files sections inputs schema config hub pace devices
 core: together checkpoints strict results record_lines metrics runs
 data: examples formats word_problems small_tasks tasks contexts templates prompts alignment encoding
 objectives: targets losses chunked_loss hidden_states
-models: taps loading shared_prefix teacher decoding generation vllm_engine engines
+models: taps quantization loading shared_prefix teacher decoding generation vllm_engine engines
 training: batches fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics power conditions records shards scores tables seeds jobs evaluate

@@ -204,6 +204,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _quantised_layers_run_as_they_are(self):
+        if self.model.quantization and self.train.compile:
+            raise disagree(
+                f"model.quantization={self.model.quantization} has not been tried with "
+                "train.compile=true: switch one of them off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _states_can_be_compared(self):
         kept = {
             "teacher.cache": self.teacher.cache != "off",

@@ -51,6 +51,11 @@ def open_engine(
     device = choose_device(cfg.device)[0]
     kind = choose_engine(cfg.evaluate.engine, cfg.device)[0]
     _check_engine(kind, device, cfg.evaluate.tensor_parallel_size)
+    if kind == "vllm" and cfg.model.quantization:
+        raise InputError(
+            f"evaluate.engine=vllm does not read model.quantization={cfg.model.quantization}: use "
+            "evaluate.engine=transformers, or evaluate the folder that `icl-distill export` writes"
+        )
     if kind == "vllm":
         options |= dict(dtype=cfg.model.dtype, max_model_len=max_length)
         options["tensor_parallel_size"] = cfg.evaluate.tensor_parallel_size

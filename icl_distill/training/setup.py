@@ -20,6 +20,7 @@ from ..core.metrics import cut_metrics
 from ..core.runs import Run
 from ..core.together import process_of_launch, working_on
 from ..models.loading import base_of, body_of, frozen_head, trained_head
+from ..models.quantization import check_quantization
 from ..models.taps import Taps
 from ..models.teacher import Teacher, TeacherOptions
 from .batches import Data, first_batches
@@ -32,7 +33,9 @@ from .trackers import check_tracker, start_tracker
 # %% ../../nbs/training/04_setup.ipynb #su005
 def check(cfg: Config):
     "Raises `InputError` for settings that cannot be trained with."
-    check_training(cfg, machine_of(cfg).device)
+    device = machine_of(cfg).device
+    check_training(cfg, device)
+    check_quantization(cfg.model, device)
     check_tracker(cfg.train.tracker)
 
 # %% ../../nbs/training/04_setup.ipynb #su007
