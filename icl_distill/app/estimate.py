@@ -182,7 +182,7 @@ def step_flops(
     out = {part: float(flops.sum()) for part, flops in each.items()}
     return out | dict(total=sum(out.values()))
 
-# %% ../../nbs/app/01_estimate.ipynb #c023
+# %% ../../nbs/app/01_estimate.ipynb #c022b
 def _bytes_each(cfg: Config) -> int:  # b; `auto` counts as bfloat16
     "Of one of the model's weights."
     return 4 if cfg.model.dtype == "float32" else 2
@@ -194,7 +194,7 @@ def weight_bytes(s: Shape, cfg: Config) -> float:  # of all weights, on each dev
     each = 1 / 2 + 1 / 64 + 4 / (64 * 256) if cfg.model.quantization else b
     return s.body * each + (s.params - s.body) * b
 
-
+# %% ../../nbs/app/01_estimate.ipynb #c023
 def activation_bytes(
     s: Shape,
     cfg: Config,  # dtype, precision, adapter

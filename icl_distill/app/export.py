@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checkpoints import Checkpoint
-from ..core.config import config_dict, load_config, replace
+from ..core.config import ModelConfig, config_dict, load_config, replace
 from ..core.devices import settled
 from ..core.files import InputError
 from ..data.contexts import Context
@@ -32,7 +32,7 @@ def _untie(model):
         base.config.tie_word_embeddings = False
         base.config.get_text_config().tie_word_embeddings = False
 
-
+# %% ../../nbs/app/07_export.ipynb #c015b
 def _said(model, tok):  # (1,T,V)
     "Log-probabilities of a probe."
     import torch
@@ -48,6 +48,16 @@ def _merge(model) -> Any:  # the merged model
     with torch.no_grad():
         _untie(model)
         return model.merge_and_unload(safe_merge=True)
+
+
+def _adapted(cfg: ModelConfig, folder: Path, dtype: str | None):
+    "Base and adapter. A quantised base keeps its dtype; of another, the hash is not known."
+    from icl_distill.models.loading import load_adapter, load_model, weights_hash
+
+    if dtype in (None, cfg.dtype) or cfg.quantization:
+        base = load_model(cfg)
+        return load_adapter(base, folder, base_hash=weights_hash(base))
+    return load_adapter(load_model(replace(cfg, dtype=dtype)), folder)
 
 
 def _plain(model, folder: Path, dtype):  # the same adapter on dequantised layers
@@ -123,20 +133,16 @@ def export_model(
     import torch
 
     from icl_distill.core.hub import load_tokenizer
-    from icl_distill.models.loading import load_adapter, load_model, weights_hash
 
     checkpoint, out = Checkpoint.read(checkpoint), Path(out)
     _check(out, dtype)
     run = _config_of(checkpoint, overrides)
     cfg = run.model
-    wanted, as_it_was = dtype or cfg.dtype, dtype in (None, cfg.dtype) or cfg.quantization
-    base = load_model(cfg if as_it_was else replace(cfg, dtype=wanted))
-    known = weights_hash(base) if as_it_was else None
-    model = load_adapter(base, checkpoint.folder, base_hash=known)
     tok = load_tokenizer(str(cfg.name), cfg.revision, cfg.trust_remote_code)
+    model = _adapted(cfg, checkpoint.folder, dtype)
     theirs = _said(model, tok)
     if cfg.quantization:
-        model = _plain(model, checkpoint.folder, getattr(torch, wanted))
+        model = _plain(model, checkpoint.folder, getattr(torch, dtype or cfg.dtype))
     merged = _merge(model)
     off = (_said(merged, tok) - theirs).abs().max().item()
     if off > (1e-3 if merged.dtype == torch.float32 else 0.5):

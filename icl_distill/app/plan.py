@@ -160,13 +160,13 @@ def _on(row: dict, flops_each: float, held: float, cfg: Config, share: float) ->
     minutes, fits = seconds * cfg.train.steps / 60, held < 0.95 * row["gigabytes"] * 1e9
     return dict(step_seconds=seconds, minutes=minutes, fits=fits, **row)
 
-# %% ../../nbs/app/02_plan.ipynb #p005
+# %% ../../nbs/app/02_plan.ipynb #p005d
 def _dtype(cfg: ModelConfig) -> str:
     "In words."
     name = "bfloat16 (auto: these accelerators have it)" if cfg.dtype == "auto" else cfg.dtype
     return f"{cfg.quantization} and {name}" if cfg.quantization else name
 
-
+# %% ../../nbs/app/02_plan.ipynb #p005
 def estimate(
     cfg: Config,  # the run
     processes: int = 1,  # GPUs

@@ -36,7 +36,7 @@ class _Work:
 
 _NOTE = {"now": _Work()}
 
-
+# %% ../../nbs/core/14_together.ipynb #tg009b
 def working_on(
     what: str = "",  # such as 'step 3'; empty: nothing that others wait for
     limit: float = math.inf,  # seconds that it may take
@@ -44,7 +44,7 @@ def working_on(
     "Note what this process does from now on."
     _NOTE["now"] = _Work(what, limit)
 
-
+# %% ../../nbs/core/14_together.ipynb #tg009c
 def still_working():
     "It goes on: its time is counted from now."
     working_on(_NOTE["now"].what, _NOTE["now"].limit)
@@ -55,6 +55,19 @@ _WAIT = 5.0  # seconds that a process which fails waits for the others
 _REASON, _READ, _HOST_LEFT = "reason", "read", "host left"  # keys in the store
 
 
+def _stuck(store: Any, world: int, work: _Work) -> str:
+    "What took too long, and who is where."
+    places = []
+    for rank in range(world):
+        key = f"at {rank}"
+        what = store.get(key).decode() if store.check([key]) else ""
+        places.append(f"process {rank}: {what or 'before or after training'}")
+    return (
+        f"{work.what} has not gone on for {work.limit:g} s. The processes' places are "
+        f"{'; '.join(places)}. If they need longer, raise train.timeout"
+    )
+
+# %% ../../nbs/core/14_together.ipynb #tg012b
 class _Watch(threading.Thread):
     "Looks whether this process must end. The store is common to all."
 
@@ -97,18 +110,7 @@ class _Watch(threading.Thread):
             self.store.set(f"at {self.rank}", work.what)
             self.told = work.what
         if time.monotonic() - work.since > work.limit:
-            self._end(*self.give(1, self._stuck(work)))
-
-    def _stuck(self, work: _Work) -> str:
-        places = []
-        for rank in range(self.world):
-            key = f"at {rank}"
-            what = self.store.get(key).decode() if self.store.check([key]) else ""
-            places.append(f"process {rank}: {what or 'before or after training'}")
-        return (
-            f"{work.what} has not gone on for {work.limit:g} s. The processes' places are "
-            f"{'; '.join(places)}. If they need longer, raise train.timeout"
-        )
+            self._end(*self.give(1, _stuck(self.store, self.world, work)))
 
     def _end(self, rank: int, code: int, text: str):
         self.ending = True
@@ -136,7 +138,7 @@ def _take_gpu():
     if torch.accelerator.is_available() and local < torch.accelerator.device_count():
         torch.accelerator.set_device_index(local)
 
-
+# %% ../../nbs/core/14_together.ipynb #tg014b
 def _fail(watch: _Watch, error: BaseException) -> int:  # the exit code
     "Say why, to the user and to the other processes."
     while watch.ending:
@@ -165,7 +167,7 @@ def _go(watch: _Watch):
             time.sleep(2 * _LOOK)
     watch.join(timeout=_WAIT)
 
-
+# %% ../../nbs/core/14_together.ipynb #tg014c
 @contextmanager
 def ending_together() -> Iterator[None]:
     """For commands: an error ends all processes of the launch, with its message.

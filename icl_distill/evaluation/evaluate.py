@@ -88,7 +88,7 @@ def _part(cfg: Config, engine: str) -> Shard:
         )
     return Shard(rank + 1, world)
 
-
+# %% ../../nbs/evaluation/10_evaluate.ipynb #c044by
 def set_up(
     cfg: Config,
     conditions: list[Condition] | None = None,

@@ -31,7 +31,7 @@ def identity(
     values = config_dict(cfg)
     read = Checkpoint.read(cond.checkpoint) if cond.checkpoint else None
     adapter = read.adapter_hash() if read else None
-    further = dict(foreign=True) if read and read.foreign else {}
+    further: dict[str, Any] = dict(foreign=True) if read and read.foreign else {}
     if cfg.model.quantization:
         further["quantization"] = cfg.model.quantization
     return dict(

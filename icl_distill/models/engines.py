@@ -68,7 +68,7 @@ def open_engine(
     engine.attach(adapters, weights_hash(model) if adapters else None)
     return engine
 
-
+# %% ../../nbs/models/06_engines.ipynb #c076b
 def _check_engine(kind: str, device: str, tensor_parallel_size: int):
     if kind == "vllm" and device != "cuda" and (device != "cpu" or torch.cuda.is_available()):
         raise InputError(

@@ -48,7 +48,7 @@ def quantizing(
     )
     return dict(quantization_config=how, device_map={"": "cpu"})
 
-
+# %% ../../nbs/models/00_quantization.ipynb #qt009b
 def quantized_layers(model: nn.Module) -> dict[str, Any]:  # name -> its `Linear4bit`
     "Of a base model, with or without an adapter."
     named = model.named_modules()
