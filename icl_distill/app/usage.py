@@ -92,7 +92,8 @@ class Usage:
             "With transformers, merged": ("python", self._merged),
             "By `pipeline`": ("python", self._pipeline),
         }
-        return out | ({"With vLLM": ("python", self._vllm)} if self.cfg.lora.r <= 512 else {})
+        vllm = self.cfg.lora.r <= 512 and not self.cfg.model.quantization
+        return out | ({"With vLLM": ("python", self._vllm)} if vllm else {})
 
     @property
     def _folder(self) -> str:
@@ -136,10 +137,17 @@ print(tok.decode(said[0, ids.input_ids.shape[1] :], skip_special_tokens=True))""
 
     @property
     def _peft(self) -> str:
+        names, model = "AutoModelForCausalLM", self.cfg.model
+        options = self._options
+        if model.quantization:
+            names += ", BitsAndBytesConfig"
+            four = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+            four += f", bnb_4bit_compute_dtype={_literal(model.dtype)}"
+            options += f",\n    quantization_config=BitsAndBytesConfig({four})"
         return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {names}
 {self._base}
-model = AutoModelForCausalLM.from_pretrained(base{self._options})
+model = AutoModelForCausalLM.from_pretrained(base{options})
 model = PeftModel.from_pretrained(model, adapter).eval()
 {self._ask}"""
 
@@ -185,13 +193,18 @@ def fenced(
 def how_to_load(usage: Usage) -> str:
     "Markdown: the prompt of the question as it is rendered, and each block under its heading."
     rendered = usage.prompter.render(Context(), usage.question).plain
+    alone = (
+        "; whoever has the adapter alone merges it with "
+        '`model.merge_and_unload().save_pretrained("merged")` and '
+        '`tok.save_pretrained("merged")`'
+    )
+    if usage.cfg.model.quantization:
+        alone = ", which it also needs to dequantise the base before it merges"
     out = [
         "A question is asked in the form that was trained, such as",
         fenced(rendered),
         "(a question that itself spells a control token of the tokenizer needs more care). "
-        "`icl-distill export` wants the run's folder; whoever has the adapter alone merges it with "
-        '`model.merge_and_unload().save_pretrained("merged")` and '
-        '`tok.save_pretrained("merged")`.',
+        f"`icl-distill export` wants the run's folder{alone}.",
     ]
     for heading, (language, code) in usage.blocks.items():
         out += [f"### {heading}", fenced(code, language)]
