@@ -15,7 +15,7 @@ from icl_distill.core.hub import load_tokenizer
 from icl_distill.core.runs import Run
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task
-from icl_distill.evaluation.evaluate import config_for_evaluation, set_up
+from icl_distill.evaluation.evaluate import set_up
 from icl_distill.models.loading import load_model, weights_hash
 from icl_distill.testing import quiet_environment, raises, tiny_folder
 from icl_distill.training.batches import prepare
@@ -138,7 +138,7 @@ def test_evaluation_is_shared(folder, tmp_path):
     assert [path.name for path in place.records_folder.iterdir()] == ["zero_shot.jsonl"]
     with raises("shares its items among them by itself"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        set_up(config_for_evaluation(str(tmp_path / "run"), ["evaluate.shard=1/2"]))
+        set_up(load_config(args[1], [*args[2:], "shard=1/2"], "evaluate"))
 
 
 def test_a_process_that_is_stuck(folder, tmp_path):
