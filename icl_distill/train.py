@@ -19,6 +19,7 @@ import torch
 
 from .core.config import load_config
 from .core.files import input_errors
+from .core.together import ending_together
 from .training.labels import train_on_answers
 
 # %% ../nbs/training/07_train.ipynb #c047
@@ -50,11 +51,11 @@ def main(argv: Sequence[str] | None = None):  # None: those of the command line
     "Train from a config file and `key=value` overrides. Exits with code 2 for bad input."
     args = _parser().parse_args(argv)
     try:
-        with input_errors():
+        with input_errors(), ending_together():
             print(f"done: {train_on_answers(load_config(args.config, args.overrides, 'train'))}")
     except SystemExit as error:
-        if error.code == 2:
-            raise  # the others may still wait for this process: leave at once
+        if error.code in (1, 2):
+            raise  # an error: nobody is left to say goodbye to
         _leave_group()
         raise
     _leave_group()

@@ -17,11 +17,12 @@ root = Path(__file__).resolve().parent.parent
 package = root / "icl_distill"
 ORDER = """
 core: files sections inputs schema config hub pace devices
-core: checkpoints strict results record_lines metrics runs
+core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts alignment encoding
 objectives: targets losses whole_vocabulary chunked_loss hidden_states
-models: taps loading shared_prefix target_cache teacher decoding generation vllm_engine engines
+models: taps quantization loading shared_prefix target_cache teacher decoding generation
+models: vllm_engine engines
 training: batches teachers fill state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate

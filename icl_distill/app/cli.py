@@ -18,6 +18,7 @@ import icl_distill.app.study_command  # noqa: F401 (another)
 from .command import Conf, Over, app, command
 from ..core.devices import calm_threads
 from ..core.files import InputError, input_errors
+from ..core.together import ending_together
 
 # %% ../../nbs/app/17_cli.ipynb #c010
 @command("icl-distill train online_v1 steps=200 run=runs/try")
@@ -298,5 +299,5 @@ def main():
     import sys
 
     calm_threads()  # before any command imports torch
-    with input_errors():
+    with input_errors(), ending_together():
         app(args=_spread(sys.argv[1:]), prog_name="icl-distill")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checkpoints import Checkpoint
-from ..core.config import config_dict, load_config, replace
+from ..core.config import ModelConfig, config_dict, load_config, replace
 from ..core.devices import settled
 from ..core.files import InputError
 from ..data.contexts import Context
@@ -32,17 +32,43 @@ def _untie(model):
         base.config.tie_word_embeddings = False
         base.config.get_text_config().tie_word_embeddings = False
 
-
-def _merge(model, tok) -> tuple[Any, float]:  # the merged model, largest |Δ log-probability|
+# %% ../../nbs/app/07_export.ipynb #c015b
+def _said(model, tok):  # (1,T,V)
+    "Log-probabilities of a probe."
     import torch
 
     ids = tok("Question: 1 + 1?\nAnswer: 2", return_tensors="pt").input_ids
     with torch.no_grad():
+        return model(input_ids=ids).logits.float().log_softmax(-1)
+
+
+def _merge(model) -> Any:  # the merged model
+    import torch
+
+    with torch.no_grad():
         _untie(model)
-        theirs = model(input_ids=ids).logits.float().log_softmax(-1)
-        merged = model.merge_and_unload(safe_merge=True)
-        ours = merged(input_ids=ids).logits.float().log_softmax(-1)
-    return merged, (ours - theirs).abs().max().item()
+        return model.merge_and_unload(safe_merge=True)
+
+
+def _adapted(cfg: ModelConfig, folder: Path, dtype: str | None):
+    "Base and adapter. A quantised base keeps its dtype; of another, the hash is not known."
+    from icl_distill.models.loading import load_adapter, load_model, weights_hash
+
+    if dtype in (None, cfg.dtype) or cfg.quantization:
+        base = load_model(cfg)
+        return load_adapter(base, folder, base_hash=weights_hash(base))
+    return load_adapter(load_model(replace(cfg, dtype=dtype)), folder)
+
+
+def _plain(model, folder: Path, dtype):  # the same adapter on dequantised layers
+    "Of a quantised model with an adapter."
+    from icl_distill.models.loading import load_adapter
+    from icl_distill.models.quantization import dequantize
+
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return load_adapter(dequantize(base, dtype), folder)
 
 # %% ../../nbs/app/07_export.ipynb #ex21
 PROMPT_FILE = "prompt.json"  # in an exported folder: how its questions were written
@@ -70,6 +96,14 @@ def record_prompt(
     (Path(folder) / PROMPT_FILE).write_text(json.dumps(about, indent=1, ensure_ascii=False))
 
 # %% ../../nbs/app/07_export.ipynb #ex31
+def _check(out: Path, dtype: str | None):
+    "Raises `InputError` for a dtype that is none, or a folder that is there."
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise InputError(f"--dtype {dtype}: it must be bfloat16, float16 or float32")
+    if out.exists():
+        raise InputError(f"{out} exists already: choose another folder")
+
+
 def config_of(
     checkpoint: Checkpoint,
     overrides: Sequence[str] = (),  # such as 'model.name=/where/it/lies/now'
@@ -102,20 +136,18 @@ def export_model(
     import torch
 
     from icl_distill.core.hub import load_tokenizer
-    from icl_distill.models.loading import load_adapter, load_model, weights_hash
 
     checkpoint, out = Checkpoint.read(checkpoint), Path(out)
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise InputError(f"--dtype {dtype}: it must be bfloat16, float16 or float32")
-    if out.exists():
-        raise InputError(f"{out} exists already: choose another folder")
+    _check(out, dtype)
     run = config_of(checkpoint, overrides)
     cfg = run.model
-    base = load_model(replace(cfg, dtype=dtype or cfg.dtype))
-    known = None if dtype and dtype != cfg.dtype else weights_hash(base)
-    model = load_adapter(base, checkpoint.folder, base_hash=known)
     tok = load_tokenizer(str(cfg.name), cfg.revision, cfg.trust_remote_code)
-    merged, off = _merge(model, tok)
+    model = _adapted(cfg, checkpoint.folder, dtype)
+    theirs = _said(model, tok)
+    if cfg.quantization:
+        model = _plain(model, checkpoint.folder, getattr(torch, dtype or cfg.dtype))
+    merged = _merge(model)
+    off = (_said(merged, tok) - theirs).abs().max().item()
     if off > (1e-3 if merged.dtype == torch.float32 else 0.5):
         raise InputError(
             f"the merged model's log-probabilities differ by {off:.3g} from those of base and "

@@ -23,7 +23,7 @@ from icl_distill.app.estimate import (
     step_flops,
     step_memory,
 )
-from ..core.config import Config, shipped_configs
+from ..core.config import Config, ModelConfig, shipped_configs
 from ..core.files import InputError
 
 # %% ../../nbs/app/02_plan.ipynb #c030
@@ -164,6 +164,12 @@ def _on(row: dict, flops_each: float, held: float, cfg: Config, share: float) ->
     minutes, fits = seconds * cfg.train.steps / 60, held < 0.95 * row["gigabytes"] * 1e9
     return dict(step_seconds=seconds, minutes=minutes, fits=fits, **row)
 
+# %% ../../nbs/app/02_plan.ipynb #p005d
+def _dtype(cfg: ModelConfig) -> str:
+    "In words."
+    name = "bfloat16 (auto: these accelerators have it)" if cfg.dtype == "auto" else cfg.dtype
+    return f"{cfg.quantization} and {name}" if cfg.quantization else name
+
 # %% ../../nbs/app/02_plan.ipynb #p005
 def estimate(
     cfg: Config,  # the run
@@ -184,14 +190,14 @@ def estimate(
     flops = {part: v * n * processes / len(found.student) for part, v in mean.items()}
     first = online_mode(cfg, s) if mode == "remembered" else mode  # in the first epoch
     memory = step_memory(s, cfg, found.longest, first, processes)
-    each, held, dtype = flops["total"] / processes, memory["total"], cfg.model.dtype
+    each, held = flops["total"] / processes, memory["total"]
     return dict(
         model=cfg.model.name,
         shape_from=shape_from,
         params=s.params,
         lora=s.lora(cfg.lora),
         mode=mode,
-        dtype="bfloat16 (auto: these accelerators have it)" if dtype == "auto" else dtype,
+        dtype=_dtype(cfg.model),
         processes=processes,
         examples_per_step=n * processes,
         steps=cfg.train.steps,

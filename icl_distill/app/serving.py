@@ -80,17 +80,26 @@ def serving_blocks(usage: Usage) -> dict[str, tuple[str, str]]:  # heading -> (l
     prompt = _without_bos(prompter.tok, prompter.render(Context(), usage.question).plain)
     ends = [prompter.tok.decode([end]) for end in prompter.stop_ids]
     out = {}
-    if usage.merged or usage.cfg.lora.r <= 512:
+    if usage.merged or (usage.cfg.lora.r <= 512 and not usage.cfg.model.quantization):
         out["A vLLM server"] = ("bash", _vllm(usage, ids))
     out["llama.cpp, from a GGUF file"] = ("bash", _llama_cpp(usage, ids, ends))
     out["Ollama, from the same file"] = ("bash", _ollama(usage, prompt, ends))
     return out
 
 # %% ../../nbs/app/20_serving.ipynb #sv14
-_ALONE = (
-    "`icl-distill export` wants the run's folder; whoever has the adapter alone merges it with "
-    '`model.merge_and_unload().save_pretrained("merged")` and `tok.save_pretrained("merged")`.'
-)
+def _to_export(usage: Usage) -> str:
+    "What the commands for a plain model need first."
+    if usage.merged:
+        return ""
+    if usage.cfg.model.quantization:
+        return (
+            "`icl-distill export` wants the run's folder, which it also needs to dequantise the "
+            "base before it merges."
+        )
+    return (
+        "`icl-distill export` wants the run's folder; whoever has the adapter alone merges it with "
+        '`model.merge_and_unload().save_pretrained("merged")` and `tok.save_pretrained("merged")`.'
+    )
 
 
 def how_to_load(usage: Usage) -> str:
@@ -100,7 +109,7 @@ def how_to_load(usage: Usage) -> str:
         "A question is asked in the form that was trained, such as",
         fenced(rendered),
         "(a question that itself spells a control token of the tokenizer needs more care). "
-        + ("" if usage.merged else _ALONE),
+        + _to_export(usage),
     ]
     for heading, (language, code) in (usage.blocks | serving_blocks(usage)).items():
         out += [f"### {heading}", fenced(code, language)]

@@ -114,7 +114,7 @@ class Usage:
             self._transformers,
         )
         out["By `pipeline`"] = ("python", self._pipeline)
-        if self.merged or self.cfg.lora.r <= 512:
+        if self.merged or (self.cfg.lora.r <= 512 and not self.cfg.model.quantization):
             out["With vLLM"] = ("python", self._vllm)
         return out
 
@@ -161,10 +161,17 @@ print(tok.decode(said[0, ids.input_ids.shape[1] :], skip_special_tokens=True))""
 
     @property
     def _peft(self) -> str:
+        names, model = "AutoModelForCausalLM", self.cfg.model
+        options = self._options
+        if model.quantization:
+            names += ", BitsAndBytesConfig"
+            four = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+            four += f", bnb_4bit_compute_dtype={_literal(model.dtype)}"
+            options += f",\n    quantization_config=BitsAndBytesConfig({four})"
         return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {names}
 {self._base}
-model = AutoModelForCausalLM.from_pretrained(base{self._options})
+model = AutoModelForCausalLM.from_pretrained(base{options})
 model = PeftModel.from_pretrained(model, adapter).eval()
 {self._ask}"""
 

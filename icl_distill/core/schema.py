@@ -186,6 +186,9 @@ class TrainConfig(Section):
     save_total_limit: PositiveInt | None = setting(None, "keep at most this many")
     log_every: PositiveInt = setting(10, "steps between lines of metrics.jsonl")
     resume: Switch = setting(True, "go on from the run's newest checkpoint")
+    timeout: Positive = setting(
+        1800.0, "seconds that one of several processes may wait at a step before all end"
+    )
     tracker: Tracker | None = setting(None, "where metrics and config are shown too")
 
 # %% ../../nbs/core/03_schema.ipynb #sc022s
@@ -252,6 +255,15 @@ class Config(Section):
         if not self.loss.ce and not self.has_teacher:
             raise disagree(
                 "loss.ce, loss.weight and hidden.weight are all 0: there is nothing to learn"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_layers_run_as_they_are(self):
+        if self.model.quantization and self.train.compile:
+            raise disagree(
+                f"model.quantization={self.model.quantization} has not been tried with "
+                "train.compile=true: switch one of them off"
             )
         return self
 

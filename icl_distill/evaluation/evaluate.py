@@ -32,6 +32,7 @@ from icl_distill.core.results import (
     write_results,
 )
 from ..core.runs import Evaluation, Run
+from ..core.together import process_of_launch
 from ..data.prompts import Prompter
 from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
@@ -84,6 +85,19 @@ def _settled(cfg: Config, conditions: list[Condition], engine: Any, progress: bo
     return settled(replace(cfg, evaluate=replace(cfg.evaluate, shard=None)), kept)
 
 
+def _part(cfg: Config, engine: str) -> Shard:
+    "What of the items this process answers. Raises `InputError` where a launch cannot share them."
+    rank, world = process_of_launch()
+    if world == 1:
+        return Shard.parse(cfg.evaluate.shard)
+    if cfg.evaluate.shard or engine == "vllm":
+        raise InputError(
+            f"an evaluation launched as {world} processes shares its items among them by itself, "
+            "with the engine transformers: leave evaluate.shard out, or start it without a launcher"
+        )
+    return Shard(rank + 1, world)
+
+# %% ../../nbs/evaluation/10_evaluate.ipynb #c044by
 def set_up(
     cfg: Config,
     conditions: list[Condition] | None = None,
@@ -104,7 +118,7 @@ def set_up(
         raise InputError(
             "nothing to evaluate: give evaluate.conditions, evaluate.checkpoints, or both"
         )
-    shard, place = Shard.parse(cfg.evaluate.shard), Evaluation(out_path(cfg))
+    shard, place = _part(cfg, name), Evaluation(out_path(cfg))
     cfg = _settled(cfg, conditions, engine, progress)
     for cond in conditions:
         if cond.checkpoint:
@@ -216,6 +230,7 @@ def evaluate(
     Raises `InputError` for what cannot be asked or does not fit what is there already, and where
     another process is at it.
     """
+    progress = progress and process_of_launch()[0] == 0
     setup = set_up(cfg, conditions, engine, task, progress)
     about_model, place = model_config(setup.cfg, engine), setup.place
     kv = kv_bytes(about_model, setup.cfg.model.dtype)

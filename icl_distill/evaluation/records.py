@@ -31,7 +31,9 @@ def identity(
     values = config_dict(cfg)
     read = Checkpoint.read(cond.checkpoint) if cond.checkpoint else None
     adapter = read.adapter_hash() if read else None
-    foreign = dict(foreign=True) if read and read.foreign else {}
+    further: dict[str, Any] = dict(foreign=True) if read and read.foreign else {}
+    if cfg.model.quantization:
+        further["quantization"] = cfg.model.quantization
     return dict(
         condition=cond.name,
         model=[cfg.model.name, cfg.model.revision, cfg.model.dtype],
@@ -45,7 +47,7 @@ def identity(
         stop_ids=list(prompter.stop_ids),
         items=digest([[e.id, e.question, e.answer] for e in items]),
         adapter=adapter,
-        **foreign,
+        **further,
     )
 
 # %% ../../nbs/evaluation/04_records.ipynb #c022

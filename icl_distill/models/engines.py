@@ -51,6 +51,11 @@ def open_engine(
     device = choose_device(cfg.device)[0]
     kind = choose_engine(cfg.evaluate.engine, cfg.device)[0]
     _check_engine(kind, device, cfg.evaluate.tensor_parallel_size)
+    if kind == "vllm" and cfg.model.quantization:
+        raise InputError(
+            f"evaluate.engine=vllm does not read model.quantization={cfg.model.quantization}: use "
+            "evaluate.engine=transformers, or evaluate the folder that `icl-distill export` writes"
+        )
     if kind == "vllm":
         options |= dict(dtype=cfg.model.dtype, max_model_len=max_length)
         options["tensor_parallel_size"] = cfg.evaluate.tensor_parallel_size
@@ -63,7 +68,7 @@ def open_engine(
     engine.attach(adapters, weights_hash(model) if adapters else None)
     return engine
 
-
+# %% ../../nbs/models/06_engines.ipynb #c076b
 def _check_engine(kind: str, device: str, tensor_parallel_size: int):
     if kind == "vllm" and device != "cuda" and (device != "cpu" or torch.cuda.is_available()):
         raise InputError(

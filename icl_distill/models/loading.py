@@ -22,6 +22,12 @@ from ..core.devices import settled
 from ..core.files import InputError
 from ..core.hub import model_path
 from ..data.alignment import Packed
+from icl_distill.models.quantization import (
+    check_quantization,
+    keep_exact,
+    quantization_state,
+    quantizing,
+)
 from .taps import tapping
 from ..objectives.targets import Head, scale_and_cap
 
@@ -33,6 +39,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     cfg = settled(Config(model=cfg)).model
+    check_quantization(cfg)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_path(cfg.name),
@@ -41,6 +48,7 @@ def load_model(
             use_safetensors=True,
             attn_implementation=cfg.attention,
             trust_remote_code=cfg.trust_remote_code,
+            **quantizing(cfg),
         )
     except InputError:
         raise
@@ -49,6 +57,7 @@ def load_model(
         if "scaled_dot_product_attention" in said:
             said = "transformers has no sdpa attention for it; set model.attention=eager"
         raise InputError(f"model {cfg.name!r} could not be loaded: {said}") from error
+    keep_exact(model)
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/models/01_loading.ipynb #c006b
@@ -66,13 +75,16 @@ def positions_of(
 
 # %% ../../nbs/models/01_loading.ipynb #c008
 def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
-    "SHA-256 over names, shapes, dtypes and bytes of the base model's parameters, no adapter's."
+    """SHA-256 over names, shapes, dtypes and bytes of the base model's parameters, no adapter's.
+
+    Of a quantised one, also of its scales."""
     digest = hashlib.sha256()
     base = {_base_name(n): p for n, p in model.named_parameters() if "lora_" not in n}
     for name in sorted(base):
-        p = base[name]
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+        for key, x in {"": base[name].data, **quantization_state(base[name])}.items():
+            about = f"{name} {key}".strip()
+            digest.update(f"{about} {tuple(x.shape)} {x.dtype}".encode())
+            digest.update(x.reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

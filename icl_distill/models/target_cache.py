@@ -8,6 +8,7 @@ __all__ = ['CachedTargets']
 # %% ../../nbs/models/03_target_cache.ipynb #tc02
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -97,13 +98,14 @@ def _read_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def _write_tensors(path: Path, key: str, tensors: dict[str, torch.Tensor]):
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=dict(key=key, sha256=_checksum(tensors)))
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"targets could not be written to {path} ({error}); those cached before stay"
         ) from error

@@ -109,6 +109,8 @@ class Asking:
             stop_ids=list(self.prompter.stop_ids),
             adapter=adapter,
         )
+        if self.cfg.model.quantization:
+            depends_on |= dict(quantization=self.cfg.model.quantization)
         if labeller.temperature:
             depends_on |= dict(temperature=labeller.temperature, seed=self.cfg.seed)
         path = Run(self.cfg.run).answers_path(labeller.name)

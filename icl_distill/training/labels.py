@@ -8,7 +8,6 @@ __all__ = ['DID_NOT_END', 'NOTHING_FOUND', 'DIFFER', 'why_not', 'voted', 'Labell
 
 # %% ../../nbs/training/06_labels.ipynb #lb04
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..core.hub import load_tokenizer
 from ..core.pace import say
 from ..core.record_lines import AnswerLine, written
 from ..core.runs import Run
+from ..core.together import process_of_launch
 from ..core.strict import Count, Strict
 from ..data.examples import Example, Question, ScoringRule
 from ..data.prompts import Prompter
@@ -284,7 +284,7 @@ def train_on_answers(
     if source == "student":
         check_answers(cfg, task)
         return train(cfg, model, tok, asked_task(task), progress)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process_of_launch()[1] > 1:
         raise InputError(
             f"answers.source={source} runs in one process: start it without a launcher"
         )

@@ -16,6 +16,7 @@ from ..core.config import Config
 from ..core.hub import load_model_config, load_tokenizer
 from ..core.pace import Pace, say_estimate
 from ..core.runs import Run
+from ..core.together import working_on
 from ..data.prompts import Prompter
 from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
@@ -113,6 +114,7 @@ def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     for group in state.optimizer.param_groups:
         group["lr"] = t.lr * lr_factor(state.step, t)
     state.step += 1
+    working_on(f"step {state.step}", t.timeout)
     with explain_out_of_memory(micro):
         sums = backward_step(learner, micro, diagnose=state.step % t.log_every == 0)
     norm = accelerator.clip_grad_norm_(learner.student.parameters(), t.max_grad_norm).item()
@@ -124,6 +126,7 @@ def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
 
 # %% ../../nbs/training/04_loop.ipynb #c040c
 def _save(state: TrainState):
+    working_on(f"the checkpoint of step {state.step}", state.config.train.timeout)
     state.checkpoint = save_checkpoint(state)
     if state.is_main and state.learner.teacher:
         state.run.teacher_path.write_text(json.dumps(state.learner.teacher.report()))
@@ -177,6 +180,7 @@ def train(
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
+            working_on()
             remove_taps(body_of(base))
             adapted.unload()
     if cfg.train.tracker:

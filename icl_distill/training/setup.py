@@ -7,7 +7,7 @@ __all__ = ['check', 'accelerator_of', 'settle', 'assemble', 'begin']
 
 # %% ../../nbs/training/04_setup.ipynb #su003
 import json
-import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from ..core.devices import check_training, environment, machine_of, say_machine,
 from ..core.files import InputError
 from ..core.metrics import cut_metrics
 from ..core.runs import Run
+from ..core.together import process_of_launch, working_on
 from ..models.loading import base_of, body_of, frozen_head, trained_head
+from ..models.quantization import check_quantization
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from .batches import Data, first_batches, keep_data
@@ -36,20 +38,25 @@ from .trackers import check_tracker, start_tracker
 # %% ../../nbs/training/04_setup.ipynb #su005
 def check(cfg: Config):
     "Raises `InputError` for settings that cannot be trained with."
-    check_training(cfg, machine_of(cfg).device)
+    device = machine_of(cfg).device
+    check_training(cfg, device)
+    check_quantization(cfg.model, device)
     check_tracker(cfg.train.tracker)
 
 # %% ../../nbs/training/04_setup.ipynb #su007
 def accelerator_of(cfg: Config):
     "Raises `InputError` where this process cannot train as the config says."
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     device, tracker = machine_of(cfg).device, cfg.train.tracker
+    late = timedelta(seconds=cfg.train.timeout + 60)  # who ends together has ended before
     accelerator = Accelerator(
         mixed_precision=cfg.train.mixed_precision,
         log_with=tracker,
         project_dir=cfg.run if tracker else None,
         cpu=device == "cpu",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=late)],
     )
     if (there := accelerator.device.type) != device:
         raise InputError(
@@ -61,7 +68,7 @@ def accelerator_of(cfg: Config):
             "teacher.cache is ram, but each process would compute what another one has: with more "
             "than one process use disk"
         )
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+    if (world := process_of_launch()[1]) != accelerator.num_processes:
         raise InputError(
             f"launched as {world} processes that do not find each other: "
             "set ACCELERATE_USE_CPU=true to train on CPUs"
@@ -172,6 +179,7 @@ def begin(
         init_adapter(state, state.config.lora.init_from)
     if state.is_main:
         _begin_folder(state)
+    working_on("the start of training", state.config.train.timeout)
     learner.student, state.optimizer = accelerator.prepare(learner.student, state.optimizer)
     learner.teacher = _teacher(state)
     start_tracker(accelerator, state.config)

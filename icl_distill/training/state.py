@@ -205,6 +205,7 @@ _FREE = (
     "evaluate.",
     "train.resume",
     "train.tracker",
+    "train.timeout",
     "train.save_total_limit",
     "teacher.model",  # likewise
     "teacher.revision",

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..core.config import TrainConfig
 from ..core.files import InputError
+from ..core.together import still_working
 from ..data.alignment import Aligned, Packed, pack
 from ..models.loading import answer_hidden
 from ..models.taps import compared
@@ -135,6 +136,7 @@ def backward_step(
             parts = _loss(learner, examples, diagnose, share)
             accelerator.backward(parts.total * (scale * accelerator.num_processes / n))
             sums += parts.sums.float()
+        still_working()
     if scale != 1:
         _divide_gradients(learner.student, scale)
     return sums
