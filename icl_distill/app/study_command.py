@@ -153,8 +153,8 @@ def show_plan(
         minutes: Counter = Counter()
         for cell in left:
             minutes.update(costs[cell.group].minutes)
-        hours = ", ".join(f"{name} {m / 60:.2g} h" for name, m in minutes.items())
-        said.append(f"Training alone, at 40 % of an accelerator's peak: {hours}.")
+        each = ", ".join(f"{name} {span(60 * m)}" for name, m in minutes.items())
+        said.append(f"Training alone, at 40 % of an accelerator's peak: {each}.")
     print_table(_rows(study, states, costs, answers), said)
 
 # %% ../../nbs/app/20_study_command.ipynb #sc013
