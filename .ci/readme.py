@@ -27,6 +27,12 @@ def _links(text):
     return re.sub(r'((?:src|srcset|href)=")([^"]+)(")', lambda m: m[1] + _moved(m[2]) + m[3], text)
 
 
+def _pictures(text):  # GitHub follows the reader's system, the site its own switch (styles.css)
+    pair = r'<img class="for-light" (.*>)\n<img class="for-dark" src="([^"]+)".*>'
+    dark = r'<source media="(prefers-color-scheme: dark)" srcset="\2">'
+    return re.sub(pair, rf"<picture>\n{dark}\n<img \1\n</picture>", text)
+
+
 def readme() -> str:
     nb = read_nb(root / "nbs" / "index.ipynb")
     FilterDefaults()(nb)
@@ -40,6 +46,7 @@ def readme() -> str:
     body = re.sub(
         r"^```[^\n]*\n#\| echo: false\n.*?^```\n", "", body, flags=re.DOTALL | re.MULTILINE
     )  # as Quarto does
+    body = _pictures(body)
     parts = re.split(
         r"(^```.*?^```$|^    .*$|`[^`\n]+`)", body, flags=re.DOTALL | re.MULTILINE
     )  # code and outputs at odd places

@@ -28,6 +28,7 @@ evaluation: browse style arms plots figures
 app: estimate plan launched monitor launch widgets export preflight usage card report bake
 app: quickstart doctor methods command bake_command cli
 testing
+docs
 """
 LINES_OF_A_MODULE = 320
 LINES_OF_A_FUNCTION = 40
