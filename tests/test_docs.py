@@ -420,6 +420,32 @@ def test_readme_follows_the_readers_system():
     assert 'dark)" srcset="nbs/images/reading-dark.svg"' in text
 
 
+# --- pages to be run elsewhere
+
+COLAB = "https://colab.research.google.com/github/icl-distill/icl_distill/blob/main/nbs/"
+
+
+@pytest.mark.parametrize("page", ["method", "studies/quickstart", "app/12_bake"])
+def test_a_page_opens_in_colab(page):
+    "It links to itself, and its first code cell fetches the project to where the page lies."
+    cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert any(f"]({COLAB}{page}.ipynb)" in joined(c["source"]) for c in cells)
+    code = [joined(c["source"]) for c in cells if c["cell_type"] == "code"]
+    first = next(c for c in code if "default_exp" not in c)
+    assert "#| eval: false" in first and '"google.colab" in' in first
+    where = re.search(r"%cd icl_distill/(\S+)", first)[1]
+    up = re.search(r"%pip install -q (\S+)", first)[1]
+    assert where == Path("nbs", page).parent.as_posix()
+    assert os.path.normpath(f"{where}/{up}") == "."
+
+
+def test_colab_links_are_those_pages(pages):
+    found = {t for c in pages.values() for text in texts(c) for t in targets(text)}
+    assert {t for t in found if "colab" in t} == {
+        f"{COLAB}{page}.ipynb" for page in ("method", "studies/quickstart", "app/12_bake")
+    }
+
+
 # --- the site's other files
 
 
@@ -481,7 +507,7 @@ def test_pictures_are_what_the_index_draws(tmp_path, monkeypatch):
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
 
 
 def test_licence_and_citation():
