@@ -96,7 +96,7 @@ def test_the_predicting_positions():
     al = align(Prompter(tok, PromptConfig(template="plain")), contexts["two"], mine)
     page = alignment_html(tok, al)
     at = [
-        int(m) for m in re.findall(r"color:#555'>(\d+)</div><div[^>]*>[^<]*</div><div[^>]*>→", page)
+        int(m) for m in re.findall(r"color:#222'>(\d+)</div><div[^>]*>[^<]*</div><div[^>]*>→", page)
     ]
 
     def cols(ids):
