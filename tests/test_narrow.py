@@ -4,14 +4,13 @@ the site's own CSS but without Quarto's themes."""
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from nbconvert.filters import markdown2html
+from test_browser import chromium
 from test_docs import joined, pages, proc  # noqa: F401  (fixtures)
 
 root = Path(__file__).resolve().parent.parent
@@ -37,14 +36,6 @@ addEventListener("load", () => {{
   }}
   document.getElementById("found").textContent = "FOUND" + JSON.stringify(wide) + "END"
 }})</script>"""
-
-
-def chromium() -> str:
-    "Debian's browser, installed where we may; else the test is skipped."
-    if not shutil.which("chromium") and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium"
-        subprocess.run(install, shell=True, capture_output=True)
-    return shutil.which("chromium") or pytest.skip("there is no chromium, and none was installed")
 
 
 def output_html(output) -> str:
