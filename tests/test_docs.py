@@ -377,7 +377,7 @@ def test_source_is_folded_where_it_is_not_the_method(pages):
         text = "\n".join(joined(c["source"]) for c in pages[name] if c["cell_type"] == "code")
         return set(re.findall(r"^#\| code-fold: (\w+)$", text, re.MULTILINE))
 
-    assert state("objectives/02_losses.ipynb") == {"show"} and state("core/01_files.ipynb") == {
+    assert "show" in state("objectives/02_losses.ipynb") and state("core/01_files.ipynb") == {
         "true"
     }
 
