@@ -27,21 +27,28 @@ def _links(text):
     return re.sub(r'((?:src|srcset|href)=")([^"]+)(")', lambda m: m[1] + _moved(m[2]) + m[3], text)
 
 
+def _pictures(text):  # GitHub follows the reader's system, the site its own switch (styles.css)
+    pair = r'<img class="for-light" (.*>)\n<img class="for-dark" src="([^"]+)".*>'
+    dark = r'<source media="(prefers-color-scheme: dark)" srcset="\2">'
+    return re.sub(pair, rf"<picture>\n{dark}\n<img \1\n</picture>", text)
+
+
 def readme() -> str:
     nb = read_nb(root / "nbs" / "index.ipynb")
     FilterDefaults()(nb)
     fm = nb.frontmatter_
-    body, resources = MarkdownExporter().from_notebook_node(
-        nbformat.reads(nb2str(nb), as_version=4)
-    )
+    notebook = nbformat.reads(nb2str(nb), as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}  # of the code that is shown
+    body, resources = MarkdownExporter().from_notebook_node(notebook)
     if resources["outputs"]:
         sys.exit("nbs/index.ipynb: an output is an image; save it as a file and link to it")
     body = re.sub(r"\A\s*---\n.*?\n---\n", "", body, flags=re.DOTALL).replace(warning, "")
     body = re.sub(
         r"^```[^\n]*\n#\| echo: false\n.*?^```\n", "", body, flags=re.DOTALL | re.MULTILINE
     )  # as Quarto does
+    body = _pictures(body)
     parts = re.split(
-        r"(^```.*?^```$|^    .*$|`[^`\n]+`)", body, flags=re.DOTALL | re.MULTILINE
+        r"(^```.*?^```$|^    [^\n]*$|`[^`\n]+`)", body, flags=re.DOTALL | re.MULTILINE
     )  # code and outputs at odd places
     body = "".join(p if i % 2 else _links(p) for i, p in enumerate(parts))
     body = re.sub(r"[ \t]+$", "", body, flags=re.MULTILINE)

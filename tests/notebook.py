@@ -2,6 +2,10 @@
 
     python tests/notebook.py nbs/data/08_alignment.ipynb           # compare
     python tests/notebook.py --write nbs/data/08_alignment.ipynb   # store the new outputs
+    python tests/notebook.py --fold nbs/data/08_alignment.ipynb    # break long lines of the stored
+
+Outputs are stored with lines of at most 100 characters: longer ones are folded at a space, as a
+terminal of that width shows them. Both sides of a comparison are folded.
 
 Cells marked `eval: false`, `slow` or `cuda` are not run, and keep the outputs they have. Each
 notebook has a kernel of its own; all are forked from one process that has imported what takes long.
@@ -14,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -25,6 +30,7 @@ NOT_RUN = re.compile(r"^#\|\s*(eval:\s*false|slow|cuda)\b", re.MULTILINE)
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 SECONDS = 800
+WIDTH = 100  # of the lines of a stored output
 FORKS = multiprocessing.get_context("forkserver")
 HEAVY = ["ipykernel.kernelapp", "accelerate", "peft", "transformers.models.auto"]  # not pandas:
 # how wide its tables are depends on where it is imported
@@ -75,6 +81,35 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def folded(text: str) -> str:
+    "The text in lines of at most `WIDTH`; a table's rows stay whole."
+    out = []
+    for line in text.split("\n"):
+        if len(line) <= WIDTH or line.startswith("|"):
+            out.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        out += textwrap.wrap(
+            line,
+            WIDTH,
+            subsequent_indent=indent,
+            replace_whitespace=False,
+            expand_tabs=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(out)
+
+
+def fold(notebook: nbformat.NotebookNode):
+    "Fold what a notebook's cells show as plain text."
+    for output in [x for cell in notebook.cells for x in cell.get("outputs", [])]:
+        data = output.get("data", {})
+        if "text" in output:
+            output.text = folded(output.text)
+        elif "text/plain" in data and not {"text/html", "text/markdown"} & data.keys():
+            data["text/plain"] = folded(data["text/plain"])
+
+
 def is_progress(output) -> bool:
     "A progress bar, as a widget."
     return "%|" in output.get("data", {}).get("text/plain", "")
@@ -108,6 +143,8 @@ def run(path: Path) -> nbformat.NotebookNode:
 def differences(path: Path, new: nbformat.NotebookNode) -> list[str]:
     "A diff of every cell that prints something else than is stored."
     old = nbformat.read(path, as_version=4)
+    fold(old)
+    fold(new)
     out = []
     for before, after in zip(old.cells, new.cells, strict=True):
         if before.cell_type != "code" or printed(before) == printed(after):
@@ -140,6 +177,7 @@ def store(path: Path, new: nbformat.NotebookNode):
             cell.outputs = whole_streams([x for x in cell.outputs if not is_progress(x)])
     if not any("widget-view" in str(cell.get("outputs")) for cell in new.cells):
         new.metadata.pop("widgets", None)  # the state of bars that are not shown
+    fold(new)
     nbformat.write(new, path)
     nbdev_clean(fname=str(path))
 
@@ -148,7 +186,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="store the new outputs")
+    parser.add_argument("--fold", action="store_true", help="run nothing; break long lines")
     args = parser.parse_args()
+    if args.fold:
+        for path in args.notebooks:
+            store(path, nbformat.read(path, as_version=4))
+        return 0
     os.environ["TQDM_DISABLE"] = "1"
     local_provisioner.launch_kernel = Forked
     FORKS.set_forkserver_preload(HEAVY)

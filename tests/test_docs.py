@@ -318,6 +318,134 @@ def test_a_missing_alternative_text_is_found(cell):
     assert len(list(without_alt([cell]))) == 1
 
 
+# --- what fits on a screen
+
+WIDTH, CELLS = 100, 60
+
+
+def shown_text(output):
+    "What an output shows as preformatted text."
+    data = output.get("data", {})
+    if any(k.startswith("image/") or k in ("text/html", "text/markdown") for k in data):
+        return ""
+    return joined(output.get("text", "")) or joined(data.get("text/plain", ""))
+
+
+def too_wide(cells):
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    return [line for o in outputs for line in shown_text(o).splitlines() if len(line) > WIDTH]
+
+
+def test_outputs_are_narrow(pages):
+    found = {n: w for n, c in pages.items() if (w := too_wide(c))}
+    assert found == {}, "`python tests/notebook.py --fold` breaks lines; show a table as Markdown"
+
+
+def test_pages_have_few_cells(pages):
+    assert {n: len(c) for n, c in pages.items() if len(c) > CELLS} == {}
+
+
+@pytest.mark.parametrize(
+    "output, wide",
+    [
+        (dict(text=["x" * 101]), True),
+        (dict(data={"text/plain": "x" * 101}), True),
+        (dict(text=["x" * 100 + "\n"]), False),
+        (dict(data={"text/plain": "x" * 101, "text/html": "<p>"}), False),
+    ],
+)
+def test_a_wide_output_is_found(output, wide):
+    assert bool(too_wide([dict(cell_type="code", source="", outputs=[output])])) == wide
+
+
+def signatures(cells):
+    "The signatures that nbdev writes above what a page defines."
+    for c in cells:
+        if "show_doc(" in joined(c["source"]):
+            for o in c.get("outputs", []):
+                text = joined(o.get("data", {}).get("text/markdown", ""))
+                yield from re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_signatures_hold_no_raw_links(pages):
+    found = [s for c in pages.values() for s in signatures(c)]
+    assert len(found) > 100 and [s for s in found if "](" in s] == []
+
+
+def test_source_is_folded_where_it_is_not_the_method(pages):
+    def state(name):
+        text = "\n".join(joined(c["source"]) for c in pages[name] if c["cell_type"] == "code")
+        return set(re.findall(r"^#\| code-fold: (\w+)$", text, re.MULTILINE))
+
+    assert "show" in state("objectives/02_losses.ipynb") and state("core/01_files.ipynb") == {
+        "true"
+    }
+
+
+# --- images
+
+
+def image_names(text):
+    names = re.findall(r"!\[[^]]*\]\(([^)\s]+)", bare(text))
+    return [*names, *re.findall(r'<(?:img|source)\b[^>]*\bsrc(?:set)?="([^"]+)"', bare(text))]
+
+
+def not_built(name, cells, folder):
+    "Images of a page that Quarto does not copy: it copies `resources`."
+    quarto = yaml.safe_load((folder / "_quarto.yml").read_text())
+    built = {f for pattern in quarto["project"]["resources"] for f in folder.glob(pattern)}
+    for text in texts(cells):
+        for image in image_names(text):
+            if not re.match(r"[a-z]+:", image):
+                place = Path(os.path.normpath((folder / name).parent / image))
+                if place not in built:
+                    yield image
+
+
+def test_images_are_built(proc, pages):
+    assert {n: w for n, c in pages.items() if (w := list(not_built(n, c, proc[0])))} == {}
+    named = [i for t in texts(pages["index.ipynb"]) for i in image_names(t)]
+    assert {"images/reading-light.svg", "images/reading-dark.svg"} <= set(named)
+
+
+def test_an_image_that_is_not_built_is_found(proc):
+    lost = '![x](images/no.svg) <img src="../images/reading-dark.svg"> <source srcset="no.png">'
+    page = [dict(cell_type="markdown", source=lost)]
+    assert list(not_built("studies/x.ipynb", page, proc[0])) == ["images/no.svg", "no.png"]
+
+
+def test_readme_follows_the_readers_system():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<picture>") == 1 and "for-dark" not in text
+    assert 'dark)" srcset="nbs/images/reading-dark.svg"' in text
+
+
+# --- pages to be run elsewhere
+
+COLAB = "https://colab.research.google.com/github/icl-distill/icl_distill/blob/main/nbs/"
+
+
+@pytest.mark.parametrize("page", ["method", "studies/quickstart", "app/12_bake"])
+def test_a_page_opens_in_colab(page):
+    "It links to itself, and its first code cell fetches the project to where the page lies."
+    cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert any(f"]({COLAB}{page}.ipynb)" in joined(c["source"]) for c in cells)
+    code = [joined(c["source"]) for c in cells if c["cell_type"] == "code"]
+    first = next(c for c in code if "default_exp" not in c)
+    assert "#| eval: false" in first and '"google.colab" in' in first
+    where = re.search(r"%cd icl_distill/(\S+)", first)[1]
+    up = re.search(r"%pip install -q (\S+)", first)[1]
+    assert where == Path("nbs", page).parent.as_posix()
+    assert os.path.normpath(f"{where}/{up}") == "."
+
+
+def test_colab_links_are_those_pages(pages):
+    found = {t for c in pages.values() for text in texts(c) for t in targets(text)}
+    assert {t for t in found if "colab" in t} == {
+        f"{COLAB}{page}.ipynb" for page in ("method", "studies/quickstart", "app/12_bake")
+    }
+
+
 # --- the site's other files
 
 
@@ -334,7 +462,8 @@ def test_site_files_reach_quarto(proc):
     for pattern in quarto["project"]["resources"]:
         assert list(proc[0].glob(pattern)), pattern
     for card in ("open-graph", "twitter-card"):
-        assert (proc[0] / quarto["website"][card]["image"]).is_file()
+        image = quarto["website"][card]["image"]  # whole: a page in a folder would lose it
+        assert image.startswith(SITE) and (proc[0] / image.removeprefix(SITE)).is_file()
     for f in (quarto["format"]["html"]["css"], *quarto["metadata-files"], "llms.txt", "404.qmd"):
         assert (proc[0] / f).is_file(), f
     missing = (proc[0] / "404.qmd").read_text()
@@ -378,7 +507,7 @@ def test_pictures_are_what_the_index_draws(tmp_path, monkeypatch):
 
 
 def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
 
 
 def test_licence_and_citation():
@@ -417,3 +546,5 @@ def test_publishing_waits_for_the_tests():
         at("nbdev_docs") < at("upload-pages-artifact") < at("deploy-pages")
         and steps[at("upload-pages-artifact")]["with"]["path"] == "_docs"
     )
+    assert re.fullmatch(r"\d+\.\d+\.\d+", steps[at("quarto-actions")]["with"]["version"])
+    assert deploy["concurrency"]["cancel-in-progress"] is False

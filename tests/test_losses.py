@@ -555,3 +555,11 @@ def test_a_trained_head_is_refused():
     with pytest.raises(InputError, match="being trained"):
         chunked_loss(hidden, labels, Head(head.weight.requires_grad_()), t, LossConfig())
     assert math.isfinite(plain_loss(hidden, labels, head, t, LossConfig()).total.detach())
+
+
+def test_every_metric_that_is_logged_is_explained():
+    "And nothing else is: the reference's table is made from `METRICS`."
+    from icl_distill.core.metrics import METRICS
+
+    every = loss_metrics(torch.ones(len(SUMS)))
+    assert METRICS.keys() == {"step", *every, "grad_norm", "lr", "n_answer_tokens"}

@@ -30,6 +30,7 @@ evaluation: harness browse style arms plots figures grid study study_figure
 app: estimate plan launched monitor launch widgets export preflight data_report usage serving
 app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing
+docs
 """
 LINES_OF_A_MODULE = 320
 LINES_OF_A_FUNCTION = 40

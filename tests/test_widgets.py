@@ -15,6 +15,7 @@ from icl_distill.objectives.losses import KINDS
 from icl_distill.data.contexts import Context
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.examples import Example
+from icl_distill.app.monitor import paper
 from icl_distill.app.widgets import (
     alignment_html,
     explore_alignment,
@@ -96,7 +97,7 @@ def test_the_predicting_positions():
     al = align(Prompter(tok, PromptConfig(template="plain")), contexts["two"], mine)
     page = alignment_html(tok, al)
     at = [
-        int(m) for m in re.findall(r"color:#555'>(\d+)</div><div[^>]*>[^<]*</div><div[^>]*>→", page)
+        int(m) for m in re.findall(r"color:#222'>(\d+)</div><div[^>]*>[^<]*</div><div[^>]*>→", page)
     ]
 
     def cols(ids):
@@ -126,7 +127,7 @@ def test_without_widgets(shown):
     loss_lab()
     assert "class='alignment'" in shown[0].data and "data:image/png" in shown[1].data
     panel(lambda x: x, x="<i>x</i>")
-    assert shown[2].data == "<i>x</i>"
+    assert shown[2].data == paper("<i>x</i>")
 
 
 def test_a_bundle_has_both(shown, monkeypatch):
@@ -134,7 +135,7 @@ def test_a_bundle_has_both(shown, monkeypatch):
     monkeypatch.setattr("icl_distill.app.monitor.live", lambda: True)
     panel(lambda x: f"<p>{x}</p>", x=["a", "b"])
     assert (
-        shown[0]["text/html"] == "<p>a</p>"
+        shown[0]["text/html"] == paper("<p>a</p>")
         and "application/vnd.jupyter.widget-view+json" in shown[0]
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from .launched import Launched
-from .monitor import LaunchedRun
+from .monitor import LaunchedRun, paper
 from .plan import estimate, show_estimate
 from ..core.config import Config, load_config, shipped_configs
 from ..core.devices import choose_device, gpu_count
@@ -115,7 +115,7 @@ class Plan:
         return f"{self.why}\n\n    {self.command}\n\n{self.needs}"
 
     def _repr_html_(self):
-        return (
+        return paper(
             "<div style='border-left:4px solid #E69F00;padding:.2em 1em'>"
             f"<p><b>Not started.</b> {html.escape(self.why)}</p>"
             f"{_text(self.command, 'white-space:pre-wrap')}"

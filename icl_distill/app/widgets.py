@@ -25,7 +25,7 @@ from ..objectives.losses import KINDS, distill_loss
 from ..objectives.targets import topk_targets
 
 # %% ../../nbs/app/06_widgets.ipynb #c008
-_SHADE = dict(own="#E9E9E9", shared="#D6E9F5", answer="#7FC4EA", gap="#FFFFFF")
+_SHADE = dict(own="#E9E9E9", shared="#D6E9F5", answer="#8FCCEE", gap="#FFFFFF")
 
 
 def _visible(tok, i: int) -> str:  # spaces and line breaks can be seen
@@ -51,9 +51,9 @@ def _box(at, read: str, predicts: str = "", shade: str = "own") -> str:
     arrow = html.escape("→" + predicts) if predicts else " "
     return (
         f"<span style='{frame}'>"
-        f"<div style='{small};color:#555'>{at}</div>"
+        f"<div style='{small};color:#222'>{at}</div>"
         f"<div style='font-size:13px;line-height:16px'>{html.escape(read)}</div>"
-        f"<div style='{small};color:#00507F;font-weight:bold'>{arrow}</div></span>"
+        f"<div style='{small};color:#002B45;font-weight:bold'>{arrow}</div></span>"
     )
 
 # %% ../../nbs/app/06_widgets.ipynb #c008b
@@ -164,7 +164,7 @@ _CELL = "padding:0 5px;line-height:17px;border:none"
 def _token_line(tok, i: int, p: float, gold: int) -> str:
     "One line of a table: the token, its probability and a bar; the gold token is marked."
     right = i == gold
-    weight = "font-weight:bold;color:#009E73" if right else ""
+    weight = "font-weight:bold;color:#006B4E" if right else ""
     token = html.escape(_visible(tok, i)) + (" ✓" if right else "")
     bar = (
         f"display:inline-block;height:9px;width:{max(1, round(88 * p))}px;"
