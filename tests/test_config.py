@@ -160,6 +160,7 @@ def test_found_in_an_installed_package(tmp_path):
         "core/files",
         "core/sections",
         "core/inputs",
+        "core/objective",
         "core/schema",
         "core/config",
     ):

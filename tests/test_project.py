@@ -16,7 +16,7 @@ from packaging.version import Version
 root = Path(__file__).resolve().parent.parent
 package = root / "icl_distill"
 ORDER = """
-core: files sections inputs schema config hub pace devices
+core: files sections inputs objective schema config hub pace devices
 core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts alignment encoding

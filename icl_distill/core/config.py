@@ -31,13 +31,11 @@ from icl_distill.core.inputs import (
     PromptConfig,
     TaskConfig,
 )
+from .objective import HiddenConfig, LossConfig, TeacherConfig
 from icl_distill.core.schema import (
     Config,
     EvaluateConfig,
-    HiddenConfig,
-    LossConfig,
     SamplingConfig,
-    TeacherConfig,
     TrainConfig,
     config_table,
 )
