@@ -406,7 +406,7 @@ def load_again(c):
 @settings(max_examples=30)
 @given(st.sampled_from(leaves), st.data())
 def test_a_misspelt_key_is_refused_and_the_right_one_suggested(key, data):
-    section, leaf = key.split(".")
+    section, _, leaf = key.rpartition(".")
     if len(leaf) < 5:
         return
     i = data.draw(st.integers(0, len(leaf) - 2))
