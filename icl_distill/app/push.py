@@ -98,7 +98,7 @@ def read_bake(published: Published) -> Baked | None:  # None: the run is none
     path, cfg = published.run.path / "preflight.json", published.cfg
     if not path.is_file() or published.condition != "baked":
         return None
-    flight, place = checked(Preflight, read_json(path, "a preflight"), str(path)), None
+    flight = checked(Preflight, read_json(path, "a preflight"), str(path))
     task, held_out = hold_out(load_task(cfg.task))
     asked = next(iter(task.tests.values()), held_out)
     place = published.evaluation

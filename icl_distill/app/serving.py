@@ -75,9 +75,9 @@ def _ollama(usage: Usage, prompt: str, ends: list[str]) -> str:
 # %% ../../nbs/app/20_serving.ipynb #sv11
 def serving_blocks(usage: Usage) -> dict[str, tuple[str, str]]:  # heading -> (language, code)
     "vLLM's server, llama.cpp and Ollama; each starts and asks the question."
-    prompter = usage.prompter
-    ids = prompter.prompt_ids(Context(), usage.question)
-    prompt = _without_bos(prompter.tok, prompter.render(Context(), usage.question).plain)
+    prompter, question = usage.prompter, usage.question.encode("utf-8", "replace").decode()
+    ids = prompter.prompt_ids(Context(), question)
+    prompt = _without_bos(prompter.tok, prompter.render(Context(), question).plain)
     ends = [prompter.tok.decode([end]) for end in prompter.stop_ids]
     out = {}
     if usage.merged or (usage.cfg.lora.r <= 512 and not usage.cfg.model.quantization):

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ..core.checkpoints import find_checkpoints
 from ..core.config import Config, config_dict
 from ..core.devices import environment, machine_of, settled
 from ..core.files import InputError, run_lock, write_text
 from ..core.hub import load_tokenizer
 from ..core.pace import say
-from ..core.checkpoints import find_checkpoints
 from ..core.strict import Interval, Strict, checked, read_json
 from .evaluate import out_path
 from .statistics import bootstrap_ci
