@@ -147,7 +147,7 @@ class TransformersEngine:
         prefix = common_prefix(prompts) if share_prefix and shares else []
         in_place = self.one_copy and shares
         with evaluating(self.model, adapter), torch.inference_mode():
-            self._check(prompts[order[0]])
+            _check_once(self, prompts[order[0]])
             kv = read_prefix(self.model, prefix) if prefix else None
         with evaluating(self.model, adapter, ATTENTION if in_place else None):
             for start in range(0, len(order), self.batch_size):
@@ -156,11 +156,6 @@ class TransformersEngine:
                 choose = _chooser(sampling, at, self.model.device)
                 for row, ids in self._decode(rows, kv, in_place, choose, max_new_tokens):
                     yield at[row], completion(self.tok, ids, self.stop_ids)
-
-    def _check(self, prompt: list[int]):
-        if not self.checked:
-            check_decoding(base_of(self.model), prompt)
-            self.checked = True
 
     def attach(
         self,
@@ -223,6 +218,13 @@ def _chooser(sampling: Sampling | None, at: list[int], device) -> Callable:
     streams = sampling.streams(at, device)
     how = sampling.temperature, sampling.top_p
     return lambda logits, live: pick(logits, [streams[i] for i in live], *how)
+
+
+def _check_once(engine: TransformersEngine, prompt: list[int]):
+    "Raises `InputError` as `check_decoding`."
+    if not engine.checked:
+        check_decoding(base_of(engine.model), prompt)
+        engine.checked = True
 
 
 def _check_whole(model):
