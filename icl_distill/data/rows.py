@@ -244,6 +244,7 @@ def _stored(path: Path, split: str) -> Iterator[Row]:
 def _from_hub(name: str, split: str, subset: str | None, revision: str | None) -> Iterator[Row]:
     "The rows of a data set on the hub, or in its cache."
     from datasets import load_dataset
+    from datasets.config import HF_HUB_OFFLINE
 
     try:
         data = load_dataset(name, subset, split=split, revision=revision)
@@ -252,6 +253,12 @@ def _from_hub(name: str, split: str, subset: str | None, revision: str | None) -
             f"{name}: no such file, and split {split!r} could not be loaded from the hub "
             f"({_reason(e)}); split, subset and revision stand in task.formats"
         ) from e
+    kept = next(iter(data.info.download_checksums or ()), "")
+    if revision and HF_HUB_OFFLINE and f"@{revision}" not in kept:
+        raise InputError(
+            f"{name}: there is no network, and what is in the cache is not known to be revision "
+            f"{revision!r} ({kept or 'it does not say'}); give the commit that is, or go online"
+        )
     return _typed(f"{name} ({split})", data, data.features)
 
 # %% ../../nbs/data/01_rows.ipynb #rw030
