@@ -124,8 +124,8 @@ def _written(row: Parsed, prompter: Prompter | None) -> str:
 # %% ../../nbs/app/08_data_report.ipynb #dr011
 def _head(source: str, brought: Brought, alone: bool) -> list[str]:
     shape, unread = str(brought.reader.shape), brought.reader.unread
-    what = "questions without answers" if alone else "examples"
-    lines = [f"{source}: {len(brought.rows)} {what}", f"  shape {shape}: {MEANING[shape]}"]
+    n, what = len(brought.rows), "bare question" if alone else "example"
+    lines = [f"{source}: {n} {what}{'s' if n > 1 else ''}", f"  shape {shape}: {MEANING[shape]}"]
     return lines + [f"  not read: {', '.join(map(repr, unread))}"] * bool(unread)
 
 

@@ -284,7 +284,8 @@ def is_text(source: str) -> bool:
     "Has a file an ending that says nothing, so that it may be a text with a question a line?"
     path = Path(source)
     ending = path.suffix.lower()
-    return not (ending in _KINDS or ending in (".parquet", ".arrow") or _is_saved(path))
+    known = ending in _KINDS or ending in (".parquet", ".arrow")
+    return not (known or _is_saved(path) or hub_name(source))
 
 
 def _is_saved(path: Path) -> bool:
