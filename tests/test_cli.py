@@ -128,6 +128,7 @@ def said(err, words, nothing=None):
         "figures",
         "config",
         "align",
+        "data",
         "doctor",
         "estimate",
         "targets",
