@@ -60,7 +60,7 @@ class Fit:
     answer: list[int] = field(default_factory=list)  # likewise, the end of turn among them
     unfit: list[tuple[str, str]] = field(default_factory=list)  # row, and why it will not fit
 
-
+# %% ../../nbs/app/08_data_report.ipynb #dr008b
 def fit(
     prompter: Prompter,
     rows: Sequence[Parsed],

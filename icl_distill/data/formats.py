@@ -66,7 +66,7 @@ def rows_of(source: str, options: Mapping[str, str], alone: bool) -> Iterator[Ro
     how = (options.get(key) for key in ("subset", "revision"))
     return read_rows(source, options.get("split", "train"), *how)
 
-
+# %% ../../nbs/data/02_formats.ipynb #fm35
 @dataclass
 class Brought:
     "All that a source holds."
@@ -74,7 +74,7 @@ class Brought:
     reader: RowReader  # which shape, and what was not read
     rows: list[Parsed]
 
-
+# %% ../../nbs/data/02_formats.ipynb #fm36
 def read_all(
     source: str | Path,  # a file, or a data set on the hub
     options: Mapping[str, str] = NO_OPTIONS,  # of `task.formats`

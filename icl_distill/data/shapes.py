@@ -52,7 +52,7 @@ def _content(value: Any, where: str) -> str:
         value = value[0].get("text")
     return _text(value, "content", where)
 
-
+# %% ../../nbs/data/01_shapes.ipynb #sh007b
 def _turn(turn: Any, where: str, unread: dict[str, None]) -> _Turn:
     "A turn. Raises `InputError` where it is none, or holds more than text."
     keys = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
@@ -129,7 +129,7 @@ def _there(row: dict[str, Any]) -> str:
         f"task.formats.path.question=NAME"
     )
 
-
+# %% ../../nbs/data/01_shapes.ipynb #sh012b
 class _View:
     "A row under our names for its fields; what is read is remembered."
 
@@ -229,7 +229,7 @@ def _named(options: Mapping[str, str]) -> str | None:
         raise InputError(f"task.formats names fields of {' and of '.join(given)}: a row has one")
     return given[0] if given else None
 
-
+# %% ../../nbs/data/01_shapes.ipynb #sh017b
 def _found(where: str, row: dict[str, Any], alone: bool) -> str:
     "The first shape whose fields a row has. Raises `InputError` where there is none."
     for shape, fields in SHAPES.items():

@@ -168,7 +168,7 @@ def _read(cfg: TaskConfig, path: str, prefix: str, key: str) -> list[Example]:
         _say_unclear(examples)
     return examples
 
-
+# %% ../../nbs/data/05_tasks.ipynb #c034c
 def _say_unclear(examples: list[Example]):
     "A line on stderr that names gold answers of which the number rule compares a part."
     found = [(e.where, *unclear) for e in examples if (unclear := unclear_gold(e.answer))]
@@ -182,7 +182,7 @@ def _say_unclear(examples: list[Example]):
         f"task.extract=exact or regex compares all of it"
     )
 
-
+# %% ../../nbs/data/05_tasks.ipynb #c034d
 def _jsonl(cfg: TaskConfig) -> Task:
     path, test_path = _check_jsonl(cfg)
     train = _read(cfg, path, "train", "path")
