@@ -19,7 +19,7 @@ from icl_distill.app.usage import prompt_code
 from icl_distill.core.config import ContextConfig, LoraConfig, PromptConfig, TaskConfig, load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.hub import generation_ends, load_tokenizer
-from icl_distill.core.runs import find_checkpoints
+from icl_distill.core.checkpoints import find_checkpoints
 from icl_distill.data.alignment import align
 from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example

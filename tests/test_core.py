@@ -18,6 +18,7 @@ from icl_distill.core import checkpoints, files
 from icl_distill.core.checkpoints import (
     Checkpoint,
     checkpoints_of,
+    find_checkpoints,
     keep_newest,
     process_file,
     remove_checkpoint,
@@ -44,7 +45,7 @@ from icl_distill.core.results import (
     write_reported,
     write_results,
 )
-from icl_distill.core.runs import Evaluation, Run, find_checkpoints
+from icl_distill.core.runs import Evaluation, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 HASH = "0123456789abcdef"

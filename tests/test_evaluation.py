@@ -34,7 +34,8 @@ from icl_distill.core.config import (
 from icl_distill.core.files import InputError, run_lock
 from icl_distill.core.record_lines import RecordLine
 from icl_distill.core.results import ConditionResult, Results, read_results, write_results
-from icl_distill.core.runs import Evaluation, Run, find_checkpoints
+from icl_distill.core.checkpoints import find_checkpoints
+from icl_distill.core.runs import Evaluation, Run
 from icl_distill.data.contexts import Context
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task

@@ -59,7 +59,7 @@ from icl_distill.models.loading import (
 )
 from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
 from icl_distill.testing import noisy_adapter, raises, real_tokenizer, tiny_model
-from icl_distill.training import loop
+from icl_distill.training import batches, loop
 from icl_distill.training.batches import micro_batches, prepare, step_indices
 from icl_distill.training.loop import train
 from icl_distill.training.state import Learner
@@ -334,6 +334,26 @@ def test_run_and_adapter(whole):
 def test_resume_is_bit_exact(whole, tmp_path, first):
     go(tmp_path, f"steps={first}")
     go(tmp_path)
+    same_runs(whole, tmp_path, 6)
+
+
+def test_a_resume_reads_what_was_encoded(whole, tmp_path, monkeypatch):
+    "Once encoded, the data is read; where its file is damaged it is encoded again."
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return prepare(*args)
+
+    monkeypatch.setattr(batches, "prepare", counted)
+    go(tmp_path, "steps=1")
+    go(tmp_path, "steps=2")
+    assert len(calls) == 1
+    kept = tmp_path / "encoded.parquet"
+    kept.write_bytes(kept.read_bytes()[:-9])
+    go(tmp_path, "steps=3")
+    go(tmp_path)
+    assert len(calls) == 2
     same_runs(whole, tmp_path, 6)
 
 

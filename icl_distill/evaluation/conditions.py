@@ -9,11 +9,10 @@ __all__ = ['ASKED_ALIKE', 'Condition', 'base_condition', 'find_conditions', 'che
 import re
 from dataclasses import dataclass
 
-from ..core.checkpoints import Checkpoint
+from ..core.checkpoints import Checkpoint, find_checkpoints
 from ..core.config import Config, config_dict, replace
 from ..core.files import InputError
 from ..core.pace import say
-from ..core.runs import find_checkpoints
 from ..data.contexts import Context, Contexts
 from ..data.examples import Example
 from ..data.prompts import Prompter

@@ -30,7 +30,7 @@ from icl_distill.models.loading import (
 )
 from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
-from .batches import micro_batches, prepare
+from .batches import micro_batches, prepare_or_read
 from .setup import accelerator_of, assemble, begin, check, settle
 from .state import TrainState, save_checkpoint
 from icl_distill.training.step import (
@@ -165,8 +165,8 @@ def train(
         task = task or load_task(cfg.task)
         tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
         about_model = load_model_config(cfg.model) if model is None else base_of(model).config
-        positions = positions_of(about_model)
-        data = prepare(cfg, task, Prompter(tok, cfg.prompt), shown, positions)
+        prompter, positions = Prompter(tok, cfg.prompt), positions_of(about_model)
+        data = prepare_or_read(run.encoded_path, cfg, task, prompter, shown, positions)
         base = load_model(cfg.model) if model is None else model
         base_hash = weights_hash(base)
         adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)

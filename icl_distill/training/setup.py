@@ -21,7 +21,7 @@ from ..core.runs import Run
 from ..models.loading import base_of, body_of, frozen_head, trained_head
 from ..models.taps import Taps
 from ..models.teacher import Teacher
-from .batches import Data, first_batches
+from .batches import Data, first_batches, keep_data
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
@@ -153,6 +153,7 @@ def _begin_folder(state: TrainState):
     run.config_path.write_text(to_yaml(cfg))
     run.environment_path.write_text(json.dumps(environment(cfg.device), indent=1))
     run.left_out_path.write_text(json.dumps(state.data.left_out, indent=1))
+    keep_data(run.encoded_path, state.data)
     cut_metrics(run.metrics_path, state.step)
 
 
