@@ -60,7 +60,7 @@ def folded(question: str) -> str:
     "The question, white space folded: what two questions are compared by."
     return " ".join(question.split())
 
-# %% ../../nbs/data/01_examples.ipynb #ex01i
+# %% ../../nbs/data/01_examples.ipynb #5ac3fea4
 def with_wrong_answers(
     examples: Sequence[Example],
     share: float,  # of them, at least 0 and less than 1
