@@ -192,7 +192,7 @@ metadata: {{version: 1.0}}
         common
         + """task: own_choice
 output_type: multiple_choice
-doc_to_choice: "{{[' ' + a, ' ' + wrong]}}"
+doc_to_choice: "{{[a, wrong]}}"
 doc_to_target: 0
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
