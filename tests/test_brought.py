@@ -39,7 +39,7 @@ from icl_distill.evaluation.evaluate import evaluate
 from icl_distill.evaluation.records import identity
 from icl_distill.models.generation import TransformersEngine
 from icl_distill.models.loading import add_lora, frozen_head, load_model
-from icl_distill.testing import SIZES, tiny_folder
+from icl_distill.testing import SIZES, answering_folder, real_tokenizer, tiny_folder
 from icl_distill.training.state import other_run
 
 # --- the same question
@@ -460,6 +460,12 @@ def test_a_model_without_sdpa_says_which_attention_it_has(tmp_path):
 def recurrent():
     sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
     return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
+def test_a_model_that_says_always_the_same_can_be_decoded(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(answering_folder(tmp_path / "model"))
+    engine = TransformersEngine(model, real_tokenizer(), [2])
+    assert len(list(engine.generate([[1, 2]], max_new_tokens=3))) == 1  # all its logits are 0
 
 
 def test_a_model_that_cannot_be_decoded_in_a_batch_is_refused_before_it_answers():

@@ -7,6 +7,7 @@ __all__ = ['check_quantization', 'quantizing', 'quantized_layers', 'keep_exact',
 
 # %% ../../nbs/models/00_quantization.ipynb #qt003
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import nn
 
 from ..core.config import ModelConfig
 from ..core.files import InputError
+
+# %% ../../nbs/models/00_quantization.ipynb #qt022
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # %% ../../nbs/models/00_quantization.ipynb #qt006
 def check_quantization(
