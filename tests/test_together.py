@@ -16,10 +16,11 @@ from icl_distill.core.runs import Run
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task
 from icl_distill.evaluation.evaluate import set_up
-from icl_distill.models.loading import load_model, weights_hash
+from icl_distill.models.loading import frozen_head, load_model, weights_hash
 from icl_distill.testing import quiet_environment, raises, tiny_folder
 from icl_distill.training.batches import prepare
-from icl_distill.training.fill import Filling, fill_targets, targets_cache
+from icl_distill.training.fill import Filling, fill_targets
+from icl_distill.training.teachers import TeacherWeights, targets_cache
 
 ACCELERATE = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
 ACCELERATE += "--mixed_precision no --dynamo_backend no --main_process_port 0 -m icl_distill.train"
@@ -70,7 +71,9 @@ def shared(folder, tmp_path):
     cfg = load_config(args[0], args[1:], "train")
     tok = load_tokenizer(cfg.model.name)
     data = prepare(cfg, load_task(cfg.task), Prompter(tok, cfg.prompt))
-    cache = targets_cache(cfg, weights_hash(load_model(cfg.model)))
+    model = load_model(cfg.model)
+    weights = TeacherWeights(model, frozen_head(model), weights_hash(model), cfg.model.dtype)
+    cache = targets_cache(cfg, weights)
     return args, cfg, data, cache
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..core.config import Config, TrainConfig
 from ..core.files import InputError, digest
 from ..core.hub import load_model_config, tokenizer_hash
+from ..core.pace import say
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of, with_final
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
@@ -210,15 +211,19 @@ def keep_data(
     path: Path,  # a Parquet file, a row for each example; it is whole or not there
     data: Data,
 ):
-    "Write a run's encoded examples."
+    "Write a run's encoded examples. Where the disk has no room, that is said, and nothing is kept."
     import pyarrow
     from pyarrow import parquet
 
     about = json.dumps({"key": data.key, "prefixes": data.prefixes, "left_out": data.left_out})
     table = pyarrow.Table.from_pylist([vars(a) for a in data.aligned])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    parquet.write_table(table.replace_schema_metadata({"icl_distill": about}), beside)
-    os.replace(beside, path)
+    try:
+        parquet.write_table(table.replace_schema_metadata({"icl_distill": about}), beside)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        say(f"the encoded examples are not kept, going on will encode them again: {error}")
 
 # %% ../../nbs/training/01_batches.ipynb #k016
 def kept_data(
