@@ -346,10 +346,12 @@ def test_a_resume_reads_what_was_encoded(whole, tmp_path, monkeypatch):
         return prepare(*args)
 
     monkeypatch.setattr(batches, "prepare", counted)
+    kept = tmp_path / "encoded.parquet"
     go(tmp_path, "steps=1")
+    written = kept.stat().st_ino
     go(tmp_path, "steps=2")
     assert len(calls) == 1
-    kept = tmp_path / "encoded.parquet"
+    assert kept.stat().st_ino == written
     kept.write_bytes(kept.read_bytes()[:-9])
     go(tmp_path, "steps=3")
     go(tmp_path)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,7 @@ class Data:
     prefixes: dict[str, list[int]]  # ids shared by all prompts of a context, by its key
     left_out: dict  # what is not trained on, and why
     key: str = ""  # of all that it was encoded from
+    kept: bool = field(default=False, compare=False)  # does it stand in the run's folder already?
 
     @property
     def hash(self) -> str:  # 16 hexadecimal digits
@@ -212,6 +213,8 @@ def keep_data(
     data: Data,
 ):
     "Write a run's encoded examples. Where the disk has no room, that is said, and nothing is kept."
+    if data.kept:
+        return
     import pyarrow
     from pyarrow import parquet
 
@@ -244,7 +247,7 @@ def kept_data(
     if about["key"] != key:
         return None
     aligned = [Aligned(**row) for row in table.to_pylist()]
-    return Data(aligned, about["prefixes"], about["left_out"], key)
+    return Data(aligned, about["prefixes"], about["left_out"], key, kept=True)
 
 # %% ../../nbs/training/01_batches.ipynb #k018
 def prepare_or_read(
