@@ -227,7 +227,7 @@ def find_checkpoints(
     where = f"evaluate.checkpoints {str(path)!r}"
     if not path.is_dir():
         raise InputError(f"{where}: no such folder")
-    folders = sorted((path / CHECKPOINTS).glob("step_*"))
+    folders = _step_folders(path / CHECKPOINTS)
     if (path / ADAPTER_CONFIG).exists() or (path / INFO_FILE).exists():
         folders = [path]
     folders = folders or sorted(x.parent for x in path.glob(f"checkpoint-*/{ADAPTER_CONFIG}"))
