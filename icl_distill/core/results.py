@@ -8,14 +8,12 @@ __all__ = ['PassAt', 'Sampled', 'Summary', 'ConditionResult', 'Comparison', 'Sel
            'read_reported']
 
 # %% ../../nbs/core/10_results.ipynb #c003
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from .files import write_text
-from .strict import Count, Interval, Share, Strict, checked, read_json
+from .strict import Count, Interval, Share, Strict, checked, read_json, write_json
 
 # %% ../../nbs/core/10_results.ipynb #c005s
 class PassAt(Strict):
@@ -207,8 +205,7 @@ def write_results(
     results: Results,
 ):
     "Write a results file."
-    text = json.dumps(results.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_json(path, results.model_dump(mode="json"))
 
 # %% ../../nbs/core/10_results.ipynb #c031
 def read_results(
@@ -260,7 +257,7 @@ def write_reported(
     once = {"results": {"__all__": {"provenance": shared}}}
     known = reported.model_dump(mode="json", exclude=once, exclude_defaults=True)
     out = {"schema_version": reported.schema_version} | known
-    write_text(path, json.dumps(out, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, out)
 
 # %% ../../nbs/core/10_results.ipynb #c037
 def read_reported(

@@ -6,7 +6,6 @@
 __all__ = ['Score', 'TaskScores', 'scores_of', 'retention_rows', 'Harness', 'run_harness']
 
 # %% ../../nbs/evaluation/16_harness.ipynb #hn04
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +15,10 @@ from pydantic import Field
 from ..core.checkpoints import find_checkpoints
 from ..core.config import Config, config_dict
 from ..core.devices import environment, machine_of, settled
-from ..core.files import InputError, run_lock, write_text
+from ..core.files import InputError, run_lock
 from ..core.hub import load_tokenizer
 from ..core.pace import say
-from ..core.strict import Interval, Strict, checked, read_json
+from ..core.strict import Interval, Strict, checked, read_json, write_json
 from .evaluate import out_path
 from .statistics import bootstrap_ci
 from ..models.engines import check_applied
@@ -242,8 +241,7 @@ class Harness:
                 environment=environment(self.cfg.device),
                 config=config_dict(self.cfg),
             )
-            text = json.dumps(scores.model_dump(mode="json"), indent=1, ensure_ascii=False)
-            write_text(self.place / f"{name}.{task}.json", text + "\n")
+            write_json(self.place / f"{name}.{task}.json", scores.model_dump(mode="json"))
 
 # %% ../../nbs/evaluation/16_harness.ipynb #hn19
 def run_harness(

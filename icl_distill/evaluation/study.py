@@ -7,14 +7,12 @@ __all__ = ['Level', 'GroupResult', 'Contrast', 'StudyResults', 'study_results', 
            'study_notes']
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy003
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.files import write_text
 from ..core.results import Results, Summary
 from ..core.runs import Evaluation
-from ..core.strict import Count, Interval, Share, Strict, checked, read_json
+from ..core.strict import Count, Interval, Share, Strict, checked, read_json, write_json
 from .grid import Cell, Study
 from .power import holm
 from .seeds import OverSeeds, combine, pick_checkpoint, read_outcomes
@@ -194,8 +192,7 @@ def write_study(
     results: StudyResults,
 ):
     "Write the results of a study."
-    text = json.dumps(results.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_json(path, results.model_dump(mode="json"))
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy024
 def read_study_results(
