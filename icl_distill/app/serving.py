@@ -9,7 +9,7 @@ __all__ = ['serving_blocks', 'how_to_load']
 import json
 import shlex
 
-from .usage import Usage, base_name, fenced, hub_id
+from .usage import Usage, base_name, fenced, hub_id, max_lora_rank
 from ..core.hub import WHEELS
 from ..data.contexts import Context
 
@@ -36,7 +36,7 @@ def _vllm(usage: Usage, ids: list[int]) -> str:
     if usage.merged:
         start = f"vllm serve {shlex.quote(usage.name)} {options}"
     else:
-        name, rank = "baked", max(8, 1 << (cfg.lora.r - 1).bit_length())
+        name, rank = "baked", max_lora_rank(cfg)
         lines = [_base(usage)]
         adapter = shlex.quote(f"baked={usage.name}")
         start = f'vllm serve "$base" --enable-lora --lora-modules {adapter}'
@@ -80,7 +80,7 @@ def serving_blocks(usage: Usage) -> dict[str, tuple[str, str]]:  # heading -> (l
     prompt = _without_bos(prompter.tok, prompter.render(Context(), question).plain)
     ends = [prompter.tok.decode([end]) for end in prompter.stop_ids]
     out = {}
-    if usage.merged or (usage.cfg.lora.r <= 512 and not usage.cfg.model.quantization):
+    if usage.merged or max_lora_rank(usage.cfg):
         out["A vLLM server"] = ("bash", _vllm(usage, ids))
     out["llama.cpp, from a GGUF file"] = ("bash", _llama_cpp(usage, ids, ends))
     out["Ollama, from the same file"] = ("bash", _ollama(usage, prompt, ends))
