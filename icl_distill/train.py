@@ -22,13 +22,13 @@ from .core.files import input_errors
 from .core.together import ending_together
 from .training.labels import train_on_answers
 
-# %% ../nbs/training/07_train.ipynb #c047
+# %% ../nbs/training/07_train.ipynb #tr09
 def _leave_group():
-    "Say goodbye to the other processes."
+    "Take leave of the other processes."
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-
+# %% ../nbs/training/07_train.ipynb #c047
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m icl_distill.train",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None):  # None: those of the command line
             print(f"done: {train_on_answers(load_config(args.config, args.overrides, 'train'))}")
     except SystemExit as error:
         if error.code in (1, 2):
-            raise  # an error: nobody is left to say goodbye to
+            raise  # an error: nobody is left to take leave of
         _leave_group()
         raise
     _leave_group()

@@ -1,6 +1,7 @@
 """The docs as Quarto gets them: the notebooks processed by nbdev, their links, anchors, leftovers
 and images; README.md, llms.txt and the site's other files."""
 
+import base64
 import json
 import os
 import re
@@ -418,6 +419,37 @@ def test_readme_follows_the_readers_system():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("<picture>") == 1 and "for-dark" not in text
     assert 'dark)" srcset="nbs/images/reading-dark.svg"' in text
+
+
+INCHES = 5.6  # a text of 8 points has 8 pixels then, on a telephone 400 pixels wide
+
+
+def inches(png: bytes) -> float:  # as its pHYs chunk has it
+    at = png.index(b"pHYs")
+    pixels, a_metre = struct.unpack(">I", png[16:20]) + struct.unpack(">I", png[at + 4 : at + 8])
+    return 39.37 * pixels / a_metre
+
+
+def stored_pictures(cells):
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    return [base64.b64decode(o["data"]["image/png"]) for o in outputs if "image/png" in o["data"]]
+
+
+def test_pictures_can_be_read_on_a_telephone(pages):
+    found = {n: [inches(png) for png in stored_pictures(c)] for n, c in pages.items()}
+    assert sum(map(len, found.values())) > 20
+    assert {n: wide for n, wide in found.items() if max(wide, default=0) > INCHES} == {}
+    small = r"fontsize=[0-7](?!\d)"
+    assert [n for n, c in pages.items() for x in c if re.search(small, joined(x["source"]))] == []
+
+
+def test_captions_are_text(pages):
+    """Quarto has no form of a captioned figure for the `.html.md` of a page and leaves the caption
+    out; Jupyter, GitHub and Colab never show one. So what belongs to a figure stands below it."""
+    captioned = r"^#\| (?:fig-cap|label: fig-)"
+    assert [
+        n for n, c in pages.items() for x in c if re.search(captioned, joined(x["source"]), re.M)
+    ] == []
 
 
 # --- pages to be run elsewhere

@@ -19,6 +19,7 @@ from icl_distill.core.metrics import read_metrics
 from icl_distill.core.record_lines import RecordLine, read_records
 from icl_distill.core.results import Results, read_results
 from icl_distill.core.strict import checked
+from icl_distill.evaluation import figures
 from icl_distill.evaluation.figures import (
     REPORTED,
     evaluated,
@@ -550,6 +551,29 @@ def test_the_front_page_shows_what_the_file_holds(tmp_path):
                 assert f"{condition.accuracy:.2%}" in alts[name]
     assets = Path(__file__).parent.parent / "assets"
     assert json.loads((assets / "alt.json").read_text()) == alts
+
+
+TELEPHONE, LEAST = 400, 8  # pixels: the width of a page, and of letters on it
+
+
+def too_small(fig):
+    "Texts of a figure that nobody can read on a telephone."
+    scale = TELEPHONE / (72 * fig.get_figwidth())  # pixels to a point
+    shown = [t for t in fig.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text()]
+    return {t.get_text() for t in shown if t.get_fontsize() * scale < LEAST}
+
+
+def test_text_is_readable_on_a_telephone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append(fig) or path)
+    make_assets(tmp_path / "assets")
+    results = Path(__file__).parent.parent / "results"
+    for folder in ("quickstart", "objectives"):
+        make_figures(results / folder, tmp_path / folder)
+    assert len(drawn) > 10 and [small for fig in drawn if (small := too_small(fig))] == []
+    fig = plt.figure(figsize=(9, 3))
+    fig.text(0, 0, "too small", fontsize=8)
+    assert too_small(fig) == {"too small"}
 
 
 def linear(color):

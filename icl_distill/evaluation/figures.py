@@ -268,14 +268,14 @@ def reported(
 def _bars_and_checkpoints(
     results,  # as for `load_arms`
 ):  # the figure
-    "Bars and checkpoint curves side by side."
+    "Bars, and checkpoint curves below them."
     import matplotlib.pyplot as plt
 
     arms = load_arms(results)
     with style():
-        fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), layout="constrained")
-        main_comparison(arms, left)
-        checkpoint_curve(arms, right)
+        fig, (upper, lower) = plt.subplots(2, figsize=(5.2, 7.8), layout="constrained")
+        main_comparison(arms, upper)
+        checkpoint_curve(arms, lower)
     return fig
 
 # %% ../../nbs/evaluation/15_figures.ipynb #fg31

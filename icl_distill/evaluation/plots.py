@@ -56,7 +56,8 @@ def _draw_bars(ax, points: list[Point]):
         ax.errorbar(i, height, yerr=_error_bar(point), color="black", capsize=4, lw=1.1)
         ax.annotate(f"{point.accuracy:.1%}", (i, 100 * point.high), (0, 3), **number)
     labels = [point.label.replace(" + ", " +\n").replace(", ", ",\n") for point in points]
-    ax.set_xticks(range(len(points)), labels, fontsize=8.5 if len(points) < 5 else 7)
+    many = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(points) > 4 else {}
+    ax.set_xticks(range(len(points)), labels, fontsize=8, **many)
     ax.tick_params(axis="x", length=0)
     highest = max(100 * point.high for point in points)
     top = 1.3 * highest if points[0].reported else min(109, 1.13 * highest + 3)
@@ -78,7 +79,7 @@ def main_comparison(
     if arms.reported:
         lead = f"Bar chart of reported accuracies, not measured by us, {arms.subject}"
     with style():
-        ax = axes_or_new(ax, (max(4.2, 1.3 * len(points) + 1), 3.9))
+        ax = axes_or_new(ax)
         _draw_bars(ax, points)
         says = [point.words for point in points]
         if notes := choices_on_test(arms):
@@ -138,7 +139,7 @@ def checkpoint_curve(
             says += _mark_reported(ax, unknown_to_source(arms) + lacking)
         steps = sorted({step for curve in curves.values() for step in curve})
         ax.set(xlabel="training step", ylabel="accuracy (%)", xticks=steps)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         alt = f"Line chart, accuracy by training step, {arms.title}: {'; '.join(says)}."
         return finish(ax, arms.title, arms.below, f"{alt} {arms.below}.")
 
@@ -251,14 +252,14 @@ def cost_accuracy(
             "the results hold no mean_prompt_tokens and mean_tokens for every condition; "
             "evaluate again"
         )
-    size = {"figsize": (1.9 + 3.9 * len(keys), 3.7), "layout": "constrained"}
+    size = {"figsize": (5.2, 1 + 2.4 * len(keys)), "layout": "constrained"}
     with style():
-        fig, grid = plt.subplots(1, len(keys), squeeze=False, sharey=True, **size)
-        panels = grid[0]
+        fig, grid = plt.subplots(len(keys), squeeze=False, sharey=True, **size)
+        panels = grid[:, 0]
         for ax, key in zip(panels, keys, strict=True):
             _draw_cost(ax, key, points)
-        panels[0].set(ylabel="accuracy (%)")
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            ax.set(ylabel="accuracy (%)")
+        panels[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
         return finish(panels[0], arms.title, arms.below, f"{panels[0].alt} {arms.below}.")
 
 # %% ../../nbs/evaluation/14_plots.ipynb #pl37

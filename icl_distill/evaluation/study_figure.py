@@ -106,20 +106,16 @@ def draw_study(
     fixed = [axis for axis in results.axes if axis not in (_arms_of(results), along)]
     draw: Callable = _draw_lines if along else _draw_list
     panels = _panels(results, fixed)
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
     height = 3.2 if along else 1.1 + 0.28 * max(map(len, panels.values()))
-    size = (1 + 3.6 * columns, height * rows + 0.4)
+    size = {"figsize": (5.2, height * len(panels) + 0.4), "layout": "constrained"}
     with style():
-        fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-        for ax in axes.flat[len(panels) :]:
-            ax.set_axis_off()
-        for ax, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        fig, axes = plt.subplots(len(panels), squeeze=False, **size)
+        for ax, (title, names) in zip(axes.flat, panels.items(), strict=True):
             draw(ax, results, names, on)
             each = [f"{n} {100 * _shown(results, n, on).mean:.1f} %" for n in names]
             n = ", ".join(map(str, sorted({results.groups[name].n for name in names})))
             below = f"n = {n}" if on == "test" else "a second task, not trained on"
             finish(ax, title or results.title, below, f"Accuracy, {on}: {', '.join(each)}.")
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=4)
+        fig.legend(handles, labels, loc="outside lower center", ncols=3)
     return fig

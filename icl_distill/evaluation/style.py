@@ -87,7 +87,7 @@ def style(
 # %% ../../nbs/evaluation/12_style.ipynb #st17
 def axes_or_new(
     ax,  # matplotlib axes, or None
-    size: tuple[float, float] = (6.4, 3.9),  # of a new figure, inches
+    size: tuple[float, float] = (5.2, 3.7),  # of a new figure, inches
 ):
     "`ax`, or the axes of a new figure."
     import matplotlib.pyplot as plt
@@ -120,7 +120,7 @@ def finish(
 ):  # the figure
     "Write title, small line and alternative text."
     width = ax.get_position().width * ax.figure.get_figwidth()  # inches
-    below = wrap(below, int(20 * width))
+    below = wrap(below, int(18 * width))
     ax.set_title(title, pad=16 + 10 * below.count("\n"))
     note = ax.annotate(
         below,
@@ -128,7 +128,7 @@ def finish(
         (0, 4),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=7.5,
+        fontsize=8,
         color="#555555",
     )
     note.set_in_layout(False)
