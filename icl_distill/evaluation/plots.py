@@ -56,8 +56,7 @@ def _draw_bars(ax, points: list[Point]):
         ax.errorbar(i, height, yerr=_error_bar(point), color="black", capsize=4, lw=1.1)
         ax.annotate(f"{point.accuracy:.1%}", (i, 100 * point.high), (0, 3), **number)
     labels = [point.label.replace(" + ", " +\n").replace(", ", ",\n") for point in points]
-    many = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(points) > 4 else {}
-    ax.set_xticks(range(len(points)), labels, fontsize=8, **many)
+    ax.set_xticks(range(len(points)), labels, fontsize=8, rotation=25 * (len(points) > 4))
     ax.tick_params(axis="x", length=0)
     highest = max(100 * point.high for point in points)
     top = 1.3 * highest if points[0].reported else min(109, 1.13 * highest + 3)
