@@ -455,13 +455,16 @@ def test_captions_are_text(pages):
 # --- pages to be run elsewhere
 
 COLAB = "https://colab.research.google.com/github/icl-distill/icl_distill/blob/main/nbs/"
+BINDER = "https://mybinder.org/v2/gh/icl-distill/icl_distill/main?urlpath=lab/tree/nbs/"
+ELSEWHERE = ["method", "studies/quickstart", "app/12_bake"]
 
 
-@pytest.mark.parametrize("page", ["method", "studies/quickstart", "app/12_bake"])
-def test_a_page_opens_in_colab(page):
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_a_page_opens_in_colab_and_binder(page):
     "It links to itself, and its first code cell fetches the project to where the page lies."
     cells = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
-    assert any(f"]({COLAB}{page}.ipynb)" in joined(c["source"]) for c in cells)
+    for service in (COLAB, BINDER):
+        assert any(f"]({service}{page}.ipynb)" in joined(c["source"]) for c in cells)
     code = [joined(c["source"]) for c in cells if c["cell_type"] == "code"]
     first = next(c for c in code if "default_exp" not in c)
     assert "#| eval: false" in first and '"google.colab" in' in first
@@ -471,11 +474,23 @@ def test_a_page_opens_in_colab(page):
     assert os.path.normpath(f"{where}/{up}") == "."
 
 
-def test_colab_links_are_those_pages(pages):
+def test_links_to_such_services_are_those_pages(pages):
     found = {t for c in pages.values() for text in texts(c) for t in targets(text)}
-    assert {t for t in found if "colab" in t} == {
-        f"{COLAB}{page}.ipynb" for page in ("method", "studies/quickstart", "app/12_bake")
+    assert {t for t in found if "colab" in t or "mybinder" in t} == {
+        f"{service}{page}.ipynb" for page in ELSEWHERE for service in (COLAB, BINDER)
     }
+
+
+def test_what_binder_installs():
+    "This package with the pins, torch for CPUs, and a Python that both accept."
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if not line.startswith(("#", "--extra-index-url "))]
+    assert wanted[0] == "-c ../constraints.txt" and wanted[-1] == "."
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [line for line in wanted[1:-1] if line not in pins] == []
+    assert any(line.endswith("/whl/cpu") for line in lines)
+    python = (ROOT / ".binder" / "runtime.txt").read_text().strip()
+    assert python in {"python-3.11", "python-3.12"}
 
 
 # --- the site's other files

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_docs import ELSEWHERE
 
 from icl_distill.core.config import load_config, to_yaml
 
@@ -21,14 +23,20 @@ QUICK += ["save_every=1", "batch_size=2", "answers.labeller_steps=1", "answers.s
 QUICK += ["evaluate.max_new_tokens=24"]
 
 
-def run(*command, cwd):
+def run(*command, cwd, stdin=None):
     "Its output; it must succeed."
     unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     env = {k: v for k, v in os.environ.items() if k not in unset}
     env |= dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", NO_COLOR="1")
     env |= dict(COLUMNS="100", PIP_DISABLE_PIP_VERSION_CHECK="1")
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+        [*map(str, command)],
+        cwd=cwd,
+        env=env,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -106,3 +114,32 @@ def test_the_quickstart(installed, tmp_path):
     assert {c["n"] for c in results["conditions"].values()} == {2}
     assert results["config"]["model"]["dtype"] == "float32"
     assert (place / "adapter" / "README.md").exists() and (place / "report.html").exists()
+
+
+RUN_CELLS = """
+import json, os, sys
+from IPython.core.interactiveshell import InteractiveShell
+sys.path = [p for p in sys.path if p not in ("", os.getcwd())]
+shell = InteractiveShell.instance()
+for text in json.loads(sys.stdin.read()):
+    shell.run_cell(text, silent=False).raise_error()
+import icl_distill
+print("FROM", icl_distill.__file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_a_page_elsewhere(page, installed, tmp_path):
+    """As in Colab: a folder that was empty, the stored results where the install cell's clone puts
+    them, and the package from its wheel: the checkout's own is not there."""
+    there = tmp_path / "icl_distill" / "nbs" / Path(page).parent
+    there.mkdir(parents=True)
+    shutil.copytree(root / "results", tmp_path / "icl_distill" / "results")
+    cells = json.loads((root / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    code = [text for text in code if not re.search(r"^#\| (slow|eval: false)", text, re.MULTILINE)]
+    python = installed.with_name("python")
+    said = run(python, "-c", RUN_CELLS, cwd=there, stdin=json.dumps(code))
+    where = Path(said.rpartition("FROM ")[2].strip())
+    assert len(code) > 5 and where.is_relative_to(installed.parent.parent)
