@@ -432,7 +432,8 @@ def inches(png: bytes) -> float:  # as its pHYs chunk has it
 
 def stored_pictures(cells):
     outputs = [o for c in cells for o in c.get("outputs", [])]
-    return [base64.b64decode(o["data"]["image/png"]) for o in outputs if "image/png" in o["data"]]
+    pictures = [o.get("data", {}).get("image/png") for o in outputs]
+    return [base64.b64decode(joined(picture)) for picture in pictures if picture]
 
 
 def test_pictures_can_be_read_on_a_telephone(pages):
