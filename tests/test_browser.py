@@ -67,12 +67,12 @@ def jupyterlab(folder):
     with open(folder / "lab.log", "wb") as log:
         server = subprocess.Popen(cmd, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        end = time.time() + 120
+        end = time.monotonic() + 120
         while (
             not (found := list((folder / ".RUNTIME").glob("jpserver-*.json")))
             or not found[0].read_text().strip()
         ):
-            if server.poll() is not None or time.time() > end:
+            if server.poll() is not None or time.monotonic() > end:
                 raise RuntimeError((folder / "lab.log").read_text())
             time.sleep(0.2)
         info = json.loads(found[0].read_text())

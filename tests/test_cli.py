@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -243,10 +242,10 @@ def test_quickstart_again_does_nothing_anew(arc):
             if p.is_file()
         }
 
-    was, res, start = files(), json.loads((run / "results.json").read_text()), time.time()
+    was, res = files(), json.loads((run / "results.json").read_text())
     fine(*args)
     again = json.loads((run / "results.json").read_text())
-    assert time.time() - start < 60 and files() == was
+    assert files() == was
     for k in ("conditions", "paired", "config", "seed"):
         assert again[k] == res[k]
 

@@ -283,7 +283,13 @@ def compiled_equals_plain(kind, backend):
     assert not counters["graph_break"]
 
 
+def test_traced_step():
+    compiled_equals_plain("qwen3", "eager")
+
+
+@pytest.mark.slow
 def test_compiled_step():
+    "With the backward pass traced too."
     compiled_equals_plain("qwen3", "aot_eager")
 
 

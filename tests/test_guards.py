@@ -390,17 +390,23 @@ def test_the_same_everywhere(folder, tmp_path):
 # ---- the tool that kills
 
 
-def test_kill_loop():
+@pytest.mark.parametrize(
+    "times, arms",
+    [(2, ("disk",)), pytest.param(12, (), marks=pytest.mark.slow)],
+    ids=["one kind", "all kinds"],
+)
+def test_kill_loop(times, arms):
+    which = ["--arms", *arms] if arms else []
     done = subprocess.run(
-        [sys.executable, HERE / "kill_loop.py", "--times", "5"],
+        [sys.executable, HERE / "kill_loop.py", "--times", str(times), *which],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert done.stdout.strip().endswith("0 runs differ from the uninterrupted one"), said
-    assert "5 kills" in done.stdout, said
+    assert f"{times} kills" in done.stdout, said
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

@@ -55,8 +55,8 @@ def args(model, tmp_path):
 
 
 def until(test, run, limit=120):
-    end = time.time() + limit
-    while not test() and time.time() < end and run.process is not None:
+    end = time.monotonic() + limit
+    while not test() and time.monotonic() < end and run.process is not None:
         time.sleep(0.1)
     assert test(), run.log
 
@@ -70,14 +70,14 @@ def test_a_demonstration_ends_with_its_kernel(args):
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root
     )
-    process, end = int(done.stdout), time.time() + 120
+    process, end = int(done.stdout), time.monotonic() + 120
 
     def lives():
         if not psutil.pid_exists(process):
             return False
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
-    while lives() and time.time() < end:
+    while lives() and time.monotonic() < end:
         time.sleep(0.2)
     assert not lives()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from .launched import Launched
+from .launched import Launched, seconds_after_boot
 from .monitor import LaunchedRun, paper
 from .plan import estimate, show_estimate
 from ..core.config import Config, load_config, shipped_configs
@@ -177,8 +177,8 @@ def _start(command: Command, run: Run) -> LaunchedRun:
             env=env,
             start_new_session=True,
         )
-    created = psutil.Process(process.pid).create_time()
-    info = dict(pid=process.pid, created=created, command=str(command), log_from=start)
+    started = seconds_after_boot(psutil.Process(process.pid))
+    info = dict(pid=process.pid, started=started, command=str(command), log_from=start)
     write_text(run.launch_path, json.dumps(info))
     return LaunchedRun(run.path)
 
