@@ -16,7 +16,7 @@ import torch
 from ..core.files import InputError
 from ..data.alignment import Aligned, pack
 from ..data.prompts import common_length
-from .loading import adapter_off, answer_hidden, base_of
+from .loading import adapter_off, answer_hidden, base_of, body_of
 from .shared_prefix import KeysValues, hidden_behind, read_prefix, window_of
 from .target_cache import CachedTargets
 from ..objectives.targets import HiddenTargets, Kept, Targets, topk_targets
@@ -132,6 +132,8 @@ class TeacherOptions:
     prefix_bytes: float = 4 << 30  # keys and values kept, at most (but one context's)
     first_batch: Callable[[Aligned], list[Aligned]] | None = None
     "Example -> the batch in which its targets are computed; None: the one at hand."
+    most: Callable[[int], int] | None = None
+    "A count -> the largest of all processes, which read together; None: each reads for itself."
 
 # %% ../../nbs/models/03_teacher.ipynb #c031
 class Teacher:
@@ -162,14 +164,18 @@ class Teacher:
         keys = [self.cache.key(a) for a in batch]  # a hash over all of the teacher's ids: once
         found: dict[str, Any] = dict(zip(keys, map(self.cache.get, batch), strict=True))
         self.stats["remembered"] += sum(found[key] is not None for key in keys)
-        for a, key in zip(batch, keys, strict=True):
-            if found[key] is None:
-                self._compute(self.cache, a, batch, found)
+        groups = self._missing(self.cache, batch, found)
+        for group in groups:
+            self._compute(self.cache, group, found)
+        if self.options.most:
+            self._wait(self.options.most(len(groups)) - len(groups))
         return Kept.cat([found[key].to(self.params[0].device) for key in keys])
 
     def online(self, batch: list[Aligned]) -> Targets | HiddenTargets:
         "Targets computed now. Raises `InputError` where cached ones are no longer the model's."
         self._check_weights()
+        if self.options.most:
+            self._read_contexts()
         self.stats["computed"] += len(batch)
         settings = (self.pad_id, self.top_k, self.options.temperature)
         contexts = [self.prefixes.get(a.context_key) for a in batch]
@@ -185,15 +191,49 @@ class Teacher:
         cached = self.cache.bytes if self.cache else 0
         return self.stats | dict(kv_bytes=self.prefix_cache.bytes, remembered_bytes=cached)
 
-    def _compute(self, cache: CachedTargets, a: Aligned, batch: list[Aligned], found: dict):
-        "Put the targets of `a`, and of those it is computed with, into the cache and `found`."
+    def _missing(self, cache: CachedTargets, batch: list[Aligned], found: dict) -> list:
+        "The batches to be computed for the targets that are not in `found`."
+        groups, known = [], {key for key, targets in found.items() if targets is not None}
+        for a in batch:
+            if cache.key(a) not in known:
+                first = self.options.first_batch
+                groups.append(first(a) if first else batch)
+                known |= {cache.key(b) for b in groups[-1] if self._belongs(b, groups[-1])}
+        return groups
+
+    def _belongs(self, a: Aligned, group: list[Aligned]) -> bool:
+        "Is it in this batch that its targets are computed?"
         first = self.options.first_batch
-        group = first(a) if first else batch
-        targets = self.online(group).split([b.n_answer for b in group])
-        for b, its in zip(group, targets, strict=True):
-            key = cache.key(b)
-            if found.get(key) is None and (not first or first(b) == group):
-                found[key] = cache.put(b, its)
+        return not first or first(a) == group
+
+    def _compute(self, cache: CachedTargets, group: list[Aligned], found: dict):
+        "Put the targets of a batch into the cache and `found`."
+        targets = self.online(group).split([a.n_answer for a in group])
+        for a, its in zip(group, targets, strict=True):
+            key = cache.key(a)
+            if found.get(key) is None and self._belongs(a, group):
+                found[key] = cache.put(a, its)
+
+    def _read_contexts(self):
+        "All that are shared, at once. Raises `InputError` where they cannot be kept."
+        kept, contexts = self.prefix_cache.kept, set(map(tuple, self.prefixes.values()))
+        for ids in [] if len(kept) == len(contexts) else self.prefixes.values():
+            self.prefix_cache.read(ids)
+        if len(kept) < len(contexts):
+            raise InputError(
+                f"train.shard: the keys and values of the {len(contexts)} shared contexts take "
+                f"more than teacher.prefix_gib={self.options.prefix_bytes / 2**30:g} GiB; all "
+                "processes read them together, once, so all must be kept: raise it, or lower "
+                "context.pool_size"
+            )
+
+    def _wait(self, passes: int):
+        "Take part in as many passes more: other processes need this one's part of the weights."
+        ids = torch.tensor([[self.pad_id]], device=self.params[0].device)
+        for _ in range(passes):
+            self._read_contexts()
+            with adapter_off(self.model):
+                body_of(self.model)(input_ids=ids, use_cache=False)
 
     def _fits(self, batch, contexts) -> bool:
         "Are all contexts shared, and within the window with what follows, so that none is cut?"
