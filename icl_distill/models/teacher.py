@@ -165,10 +165,10 @@ class Teacher:
         found: dict[str, Any] = dict(zip(keys, map(self.cache.get, batch), strict=True))
         self.stats["remembered"] += sum(found[key] is not None for key in keys)
         groups = self._missing(self.cache, batch, found)
+        passes = self.options.most(len(groups)) if self.options.most else 0
         for group in groups:
             self._compute(self.cache, group, found)
-        if self.options.most:
-            self._wait(self.options.most(len(groups)) - len(groups))
+        self._wait(passes - len(groups))
         return Kept.cat([found[key].to(self.params[0].device) for key in keys])
 
     def online(self, batch: list[Aligned]) -> Targets | HiddenTargets:
