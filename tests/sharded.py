@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from icl_distill.core.config import load_config
 from icl_distill.core.files import InputError
 from icl_distill.core.together import ending_together
-from icl_distill.models.loading import weights_hash
+from icl_distill.models.loading import base_of, weights_hash
 from icl_distill.models.teacher import Teacher
 from icl_distill.training import setup
 from icl_distill.training.loop import train
@@ -48,27 +48,35 @@ CASES = {  # name -> (kind of model, what its config says)
 SHARD, WAIT = setup.shard, Teacher._wait
 
 
-def watch(held, waits):
-    "Note what a sharded model leaves here, and the passes that are made for others."
-    shard, wait = SHARD, WAIT
+def watch(told):
+    "Note what a sharded model leaves here, and the passes that are made for the other process."
 
     def sharded(model, device):
-        shard(model, device)
-        named = model.named_parameters()
-        mine = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in named}
-        own = {name: p.nbytes for name, p in mine.items() if "lora_" not in name}
-        held.append(sum(own.values()))
-        try:
-            weights_hash(model)
-        except InputError as error:
-            held.append(str(error))
+        told["whole"] = sum(p.nbytes for p in base_of(model).parameters() if not p.requires_grad)
+        SHARD(model, device)
+        base = [p for p in model.parameters() if not p.requires_grad]
+        told["held"].append(sum(p.to_local().nbytes if is_part(p) else p.nbytes for p in base))
+        told["refused"].append(is_refused(model))
         return model
 
     def waiting(self, passes):
-        waits.append(passes)
-        wait(self, passes)
+        told["passes"].append(max(0, passes))
+        WAIT(self, passes)
 
     setup.shard, Teacher._wait = sharded, waiting
+
+
+def is_part(p):
+    return isinstance(p, DTensor)
+
+
+def is_refused(model):
+    "The hash of a part."
+    try:
+        weights_hash(model)
+    except InputError:
+        return True
+    return False
 
 
 def interrupted(over):
@@ -84,8 +92,8 @@ def interrupted(over):
 def main(folder, *cases):
     for case in cases:
         kind, over = CASES[case]
-        held, waits = [], []
-        watch(held, waits)
+        told = {"held": [], "refused": [], "passes": []}
+        watch(told)
         given = [f"model.name={folder}/{kind}"] if kind else []
         over = [text.replace("FOLDER", folder) for text in [*SHAPE, *given, *over]]
         for name, divided in (("ddp", "false"), ("shard", "true")):
@@ -93,8 +101,7 @@ def main(folder, *cases):
             if divided == "true":
                 interrupted([*over, *run])
             train(load_config("quickstart", [*over, *run], "train"), progress=False)
-        told = json.dumps({"held": held, "waits": waits})
-        Path(folder, f"{case}-{get_rank()}.json").write_text(told)
+        Path(folder, f"{case}-{get_rank()}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def accelerator_of(cfg: Config):
         )
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise InputError(
-            f"training does not run under accelerate's {kind}: launch it with plain data "
-            "parallelism, and divide the weights by train.shard=true"
+            f"training does not run under {kind} of accelerate: launch it with plain data "
+            "parallelism, and let train.shard=true divide the weights"
         )
     if cfg.train.shard and accelerator.num_processes == 1:
         raise InputError(
