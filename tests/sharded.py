@@ -1,7 +1,7 @@
 """Runs of a tiny model, plain and sharded, by two processes: `torchrun … sharded.py FOLDER CASE…`.
 
 For each case two runs are trained, FOLDER/CASE-ddp and FOLDER/CASE-shard; the second stops after
-two steps, loses some of its cached targets, and goes on. Each process writes what it held and how
+a step, loses some of its cached targets, and goes on. Each process writes what it held and how
 many passes it made for the other to FOLDER/CASE-RANK.json.
 """
 
@@ -30,7 +30,7 @@ SHAPE = [
     "accumulation=2",
     "log_every=1",
 ]
-TINY = ["task.n_train=14", "steps=5"]  # 12 or 14 examples, 8 in a step: two epochs and a part
+TINY = ["task.n_train=10", "steps=3"]  # 8 in a step: two epochs and a part
 DISK = ["teacher.cache=disk"]
 POOL = ["context={kind: pool, n_shots: 2, pool_size: 3}", *DISK]
 OWN = ["context={kind: per_example, n_shots: 2}"]
@@ -52,7 +52,8 @@ def watch(told):
     "Note what a sharded model leaves here, and the passes that are made for the other process."
 
     def sharded(model, device):
-        told["whole"] = sum(p.nbytes for p in base_of(model).parameters() if not p.requires_grad)
+        told["whole"] = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        told["head"] = base_of(model).get_output_embeddings().weight.nbytes
         SHARD(model, device)
         base = [p for p in model.parameters() if not p.requires_grad]
         told["held"].append(sum(p.to_local().nbytes if is_part(p) else p.nbytes for p in base))
@@ -80,8 +81,8 @@ def is_refused(model):
 
 
 def interrupted(over):
-    "Two steps of a run, of whose cached targets a third is then lost."
-    cfg = load_config("quickstart", [*over, "steps=2"], "train")
+    "A step of a run, of whose cached targets a third is then lost."
+    cfg = load_config("quickstart", [*over, "steps=1"], "train")
     train(cfg, progress=False)
     if get_rank() == 0:
         for path in sorted(Path(cfg.run).glob("targets/*/*.safetensors"))[::3]:
