@@ -2,7 +2,8 @@
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
 in RAM, or not at all, on its own answers where a second labeller agrees, on policy, or by two
-processes that share the weights, and then evaluated; or two runs are trained and evaluated as a study, by one command that is killed.
+processes that share the weights, and then evaluated; or two runs are trained and evaluated as a
+study, by one command that is killed.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records

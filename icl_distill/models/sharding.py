@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import Config, ModelConfig
 from ..core.files import InputError
+from ..core.together import process_of_launch
 from .loading import base_of, body_of, load_model, weights_hash
 from .taps import layers_of
 
@@ -51,6 +52,12 @@ def check_sharding(
         raise InputError(
             "train.shard=true divides a model while it is loaded; the one that was given is whole "
             "in this process already: train with train.shard=false, or give none"
+        )
+    if process_of_launch()[1] == 1:
+        raise InputError(
+            "train.shard=true divides the weights among processes, and this one is alone: start "
+            "several (accelerate launch --multi_gpu --num_processes N -m icl_distill.train …), "
+            "or set train.shard=false"
         )
 
 # %% ../../nbs/models/02_sharding.ipynb #sh010

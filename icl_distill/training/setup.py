@@ -92,12 +92,6 @@ def accelerator_of(cfg: Config):
             f"training does not run under {kind} of accelerate: launch it with plain data "
             "parallelism, and let train.shard=true divide the weights"
         )
-    if cfg.train.shard and accelerator.num_processes == 1:
-        raise InputError(
-            "train.shard=true divides the weights among processes, and this one is alone: start "
-            "several (accelerate launch --multi_gpu --num_processes N -m icl_distill.train …), "
-            "or set train.shard=false"
-        )
     return accelerator
 
 # %% ../../nbs/training/04_setup.ipynb #su010
