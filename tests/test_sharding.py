@@ -21,6 +21,7 @@ from icl_distill.models.taps import layers_of
 from icl_distill.models.teacher import Teacher, TeacherOptions
 from icl_distill.testing import quiet_environment, raises, tiny_folder, tiny_model
 from icl_distill.training.fill import fill_targets
+from icl_distill.training.state import other_run
 
 HERE = Path(__file__).parent
 
@@ -82,6 +83,12 @@ def test_the_same_run_in_other_ways(folder, case):
 def test_a_real_model(folder):
     two_processes(folder, ["real"], 1800)
     same(folder, "real")
+
+
+def test_it_may_be_switched_between_two_starts():
+    "Equal to the bit, so it is the same run."
+    plain, divided = (load_config("quickstart", [f"train.shard={on}"]) for on in ("false", "true"))
+    assert other_run(plain, divided) == []
 
 
 # ---- one process that plays one of many
