@@ -216,7 +216,7 @@ class Teacher:
     def _missing(self, cache: CachedTargets, batch: list[Aligned], found: dict) -> list:
         "The batches to be computed for the targets that are not in `found`."
         groups, known = [], {key for key, targets in found.items() if targets is not None}
-        for a in batch:
+        for a in batch if len(known) < len(found) else []:
             if cache.key(a) not in known:
                 first = self.options.first_batch
                 groups.append(first(a) if first else batch)
