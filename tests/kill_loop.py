@@ -1,8 +1,9 @@
 """Kill training and evaluation at random moments, go on, compare: `python tests/kill_loop.py`.
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
-in RAM, or not at all, on its own answers where a second labeller agrees, or on policy, and then
-evaluated; or two runs are trained and evaluated as a study, by one command that is killed.
+in RAM, or not at all, on its own answers where a second labeller agrees, on policy, or by two
+processes that share the weights, and then evaluated; or two runs are trained and evaluated as a
+study, by one command that is killed.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
@@ -27,14 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
 from icl_distill.core.devices import environment
 from icl_distill.testing import answering_folder, quiet_environment, tiny_folder
 
-# where targets are cached; whose answers are learnt; or several runs by one command
-ARMS = ("disk", "ram", "off", "agreed", "student", "study")
+# where targets are cached; whose answers are learnt; several runs by one command; two processes
+ARMS = ("disk", "ram", "off", "agreed", "student", "study", "shard")
 PHASES = ("start", "step", "save")
 OVER = [
     "model.dtype=float32",
@@ -59,6 +61,8 @@ STUDENT = [
     "answers={source: student, temperature: 1.0, refresh: 2}",
     "evaluate.max_new_tokens=24",
 ]
+SHARD = ["teacher.cache=disk", "train.shard=true"]
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 EVALUATE = [
     "conditions=[zero_shot]",
     "steps=[12]",
@@ -108,11 +112,12 @@ class Job:
         if name == "study":
             return ["-c", THE_COMMAND, "study", str(self.study_file())]
         config = "bake" if self.arm == "agreed" else "quickstart"
-        answers = {"agreed": AGREED, "student": STUDENT}
-        own = answers.get(self.arm, [f"teacher.cache={self.arm}"])
+        settings = {"agreed": AGREED, "student": STUDENT, "shard": SHARD}
+        own = settings.get(self.arm, [f"teacher.cache={self.arm}"])
         given = [config, f"model.name={self.model}", f"run={self.run}", *own, *OVER]
         if name == "train":
-            return ["-m", "icl_distill.train", *given, *TRAIN]
+            launcher = TWO if self.arm == "shard" else []
+            return [*launcher, "-m", "icl_distill.train", *given, *TRAIN]
         checkpoints = f"checkpoints={self.run}"
         return ["-c", THE_COMMAND, "evaluate", *given, checkpoints, *EVALUATE]
 
@@ -189,7 +194,7 @@ def outcome_of(run: Path, arm: str) -> dict:
             out[f"{kind}/{path.name}"] = records_of(path)
     for path in sorted(run.glob("labeller/checkpoints/step_*")):
         out[f"labeller/{path.name}"] = checkpoint_of(path)
-    if arm == "disk":
+    if arm in ("disk", "shard"):
         found = sorted(run.glob("targets/*/*.safetensors"))
         out["targets"] = {path.name: digests(path) for path in found}
     return out
@@ -275,6 +280,17 @@ def moment(phase: str, runs: list[Path], rng: random.Random) -> Moment:
     return Moment(lambda: answers(runs) >= answer, rng.uniform(0, 0.1))
 
 
+def kill(process: subprocess.Popen):
+    "With all that it has started."
+    workers = []
+    with suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
 def strike(command: list[str], when: Moment | None = None) -> bool:
     "Run a command, killed at that moment. Whether it was; exits where the command itself fails."
     env = quiet_environment(TQDM_DISABLE="1")
@@ -285,7 +301,7 @@ def strike(command: list[str], when: Moment | None = None) -> bool:
         while when and process.poll() is None:
             if when.has_come():
                 time.sleep(when.delay)
-                process.kill()
+                kill(process)
                 break
             time.sleep(0.001)
         code = process.wait()

@@ -21,7 +21,7 @@ core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts alignment encoding
 objectives: targets losses whole_vocabulary chunked_loss hidden_states
-models: taps quantization loading shared_prefix target_cache teacher decoding generation
+models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
 models: vllm_engine engines
 training: batches teachers fill state step on_policy trackers setup loop answers labels
 train

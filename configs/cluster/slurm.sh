@@ -1,6 +1,6 @@
 #!/bin/bash
 # One run on two nodes with eight GPUs each:  sbatch configs/cluster/slurm.sh configs/online_v1.yaml train.accumulation=1 train.batch_size=2
-# For one node: --nodes=1. Slurm sends SIGTERM five minutes before the time is up: training finishes its step (within 30 s), saves and ends; the same command goes on from there.
+# For one node: --nodes=1. A model that does not fit one GPU: train.shard=true (the weights are divided among all processes; keep to one node, since every layer is gathered in each pass). Slurm sends SIGTERM five minutes before the time is up: training finishes its step (within 30 s), saves and ends; the same command goes on from there.
 #SBATCH --job-name=icl_distill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

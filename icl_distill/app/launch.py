@@ -51,8 +51,8 @@ def _accelerate_config(name: str | None) -> tuple[Path | None, dict]:  # file, c
     kind = conf["distributed_type"]
     if kind not in ("NO", "MULTI_GPU"):
         raise InputError(
-            f"{about} is of distributed_type {kind}, under which training does not run: teacher "
-            "and student share one set of whole weights. Use MULTI_GPU (such as four_a100)"
+            f"{about} is of distributed_type {kind}, under which training does not run. Use "
+            "MULTI_GPU (such as four_a100); train.shard=true divides the weights there"
         )
     return path, conf
 

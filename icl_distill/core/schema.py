@@ -81,6 +81,7 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "bf16"] = setting("no", "autocast")
     gradient_checkpointing: Switch = setting(False, "of the student: less memory, more time")
     compile: Switch = setting(False, "torch.compile: minutes at the start, faster steps on a GPU")
+    shard: Switch = setting(False, "divide the frozen weights among the processes (FSDP2)")
     save_every: PositiveInt = setting(200, "steps between checkpoints; the last is always saved")
     save_total_limit: PositiveInt | None = setting(None, "keep at most this many")
     log_every: PositiveInt = setting(10, "steps between lines of metrics.jsonl")

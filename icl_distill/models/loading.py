@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..core.checkpoints import Checkpoint
 from ..core.config import Config, LoraConfig, ModelConfig
@@ -34,12 +35,14 @@ from ..objectives.targets import Head, scale_and_cap
 # %% ../../nbs/models/01_loading.ipynb #c005
 def load_model(
     cfg: ModelConfig,  # name, dtype, attention
+    empty: bool = False,  # the shapes alone, on the meta device
 ) -> nn.Module:  # frozen, in eval mode, on the CPU
     "A causal language model, from safetensors. Raises `InputError` where it cannot be loaded."
     from transformers import AutoModelForCausalLM
 
     cfg = settled(Config(model=cfg)).model
     check_quantization(cfg)
+    options = dict(device_map={"": "meta"}) if empty else quantizing(cfg)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_path(cfg.name),
@@ -48,7 +51,7 @@ def load_model(
             use_safetensors=True,
             attn_implementation=cfg.attention,
             trust_remote_code=cfg.trust_remote_code,
-            **quantizing(cfg),
+            **options,
         )
     except InputError:
         raise
@@ -77,9 +80,14 @@ def positions_of(
 def weights_hash(model: nn.Module) -> str:  # 16 hexadecimal digits
     """SHA-256 over names, shapes, dtypes and bytes of the base model's parameters, no adapter's.
 
-    Of a quantised one, also of its scales."""
+    Of a quantised one, also of its scales. Raises `InputError` where they are not all here."""
     digest = hashlib.sha256()
     base = {_base_name(n): p for n, p in model.named_parameters() if "lora_" not in n}
+    if any(isinstance(p, DTensor) or p.is_meta for p in base.values()):
+        raise InputError(
+            "this process holds a part of the weights only (train.shard): "
+            "their hash is taken before they are divided"
+        )
     for name in sorted(base):
         for key, x in {"": base[name].data, **quantization_state(base[name])}.items():
             about = f"{name} {key}".strip()

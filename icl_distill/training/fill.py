@@ -93,6 +93,11 @@ def own_groups(
 # %% ../../nbs/training/08_fill.ipynb #ft15
 def _check(cfg: Config):
     "Raises `InputError` where there are no targets to keep."
+    if cfg.train.shard:
+        raise InputError(
+            "train.shard=true is for training; for its targets each process holds the whole model, "
+            "or leave them to the run: set train.shard=false here"
+        )
     if cfg.teacher.cache != "disk":
         raise InputError(f"teacher.cache is {cfg.teacher.cache}: only those on disk can be shared")
     if not cfg.has_teacher:

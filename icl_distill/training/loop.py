@@ -23,17 +23,14 @@ from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
 from icl_distill.models.loading import (
-    add_lora,
     base_of,
     body_of,
-    load_model,
     positions_of,
-    weights_hash,
 )
 from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import micro_batches, prepare_or_read
-from .setup import accelerator_of, assemble, begin, check, settle
+from .setup import accelerator_of, adapted_model, assemble, begin, check, settle
 from .state import TrainState, save_checkpoint
 from icl_distill.training.step import (
     Stop,
@@ -159,7 +156,7 @@ def train(
 
     Raises `InputError` for input that cannot be used; whatever was saved stays.
     """
-    check(cfg)
+    check(cfg, model is not None)
     run, accelerator = Run(cfg.run), accelerator_of(cfg)
     main = accelerator.is_main_process
     shown = progress and main
@@ -172,16 +169,14 @@ def train(
         about_model = load_model_config(cfg.model) if model is None else base_of(model).config
         prompter, positions = Prompter(tok, cfg.prompt), positions_of(about_model)
         data = prepare_or_read(run.encoded_path, cfg, task, prompter, shown, positions)
-        base = load_model(cfg.model) if model is None else model
-        base_hash = weights_hash(base)
-        adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
+        adapted, base_hash = adapted_model(cfg, accelerator.device, model)
         try:
             state = assemble(cfg, accelerator, adapted, tok, data, base_hash)
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
             working_on()
-            remove_taps(body_of(base))
+            remove_taps(body_of(adapted))
             adapted.unload()
     if cfg.train.tracker:
         accelerator.end_training()

@@ -206,6 +206,7 @@ _FREE = (
     "train.resume",
     "train.tracker",
     "train.timeout",
+    "train.shard",  # the same to the bit
     "train.save_total_limit",
     "teacher.model",  # likewise
     "teacher.revision",

@@ -8,6 +8,7 @@ __all__ = ['TeacherWeights', 'targets_cache', 'teacher_of', 'other_weights', 'on
 # %% ../../nbs/training/01_teachers.ipynb #th02
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..core.pace import say
 from ..core.runs import Run
 from ..data.alignment import Aligned
 from ..models.loading import frozen_head, load_model, weights_hash
+from ..models.sharding import load_in_first, most_of_all, shard
 from ..models.target_cache import CachedTargets
 from ..models.teacher import Teacher, TeacherOptions
 from ..objectives.targets import Head
@@ -71,11 +73,13 @@ def teacher_of(
             "teacher.keep=hidden needs an output head that is not trained: take it out of "
             "lora.target_modules, or set teacher.keep=topk"
         )
+    device = next(weights.model.parameters()).device
     options = TeacherOptions(
         temperature=cfg.loss.temperature,
         cache=targets_cache(cfg, weights),
         prefix_bytes=cfg.teacher.prefix_gib * 2**30,
         first_batch=first_batch,
+        most=partial(most_of_all, device=device) if cfg.train.shard else None,
     )
     return Teacher(weights.model, weights.head, pad_id, cfg.teacher.kept_k, data.prefixes, options)
 
@@ -94,16 +98,18 @@ def other_weights(
         device = torch.device(choose_device(cfg.teacher.device)[0])
     kind = torch.device(device).type
     wanted = settled(changed(cfg, model=wanted, device=kind)).model
-    model = load_model(wanted).to(device)
+    model, known = load_in_first(wanted) if cfg.train.shard else (load_model(wanted), "")
     count = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     say(
         f"teacher: {wanted.name}, {count / 1e6:.0f} M parameters in {wanted.dtype} on {kind}, "
         f"{size:.2f} GiB beside the student's"
     )
+    known = known or weights_hash(model)
+    model = shard(model, device) if cfg.train.shard else model.to(device)
     head = frozen_head(model)
     assert head is not None, "nothing of it is trained"
-    return TeacherWeights(model, head, weights_hash(model), wanted.dtype)
+    return TeacherWeights(model, head, known, wanted.dtype)
 
 # %% ../../nbs/training/01_teachers.ipynb #th14
 def on_common_vocabulary(
