@@ -60,11 +60,18 @@ def cost_of(
 # %% ../../nbs/app/20_study_command.ipynb #sc007b
 def answers_of(
     cell,  # of a study
+    choose: str = "last",  # the study's: where it is `dev`, several checkpoints answer that
 ) -> int:
     "How many answers are generated for a cell. Raises `InputError` as loading its tasks does."
-    answers = _asked_items(cell.config) * (1 + len(cell.conditions)) + _labels(cell.config)
+    from icl_distill.data.tasks import load_task
+
+    cfg = cell.config
+    answers = _asked_items(cfg) * (1 + len(cell.conditions)) + _labels(cfg)
     if cell.retention:
         answers += _asked_items(cell.retention) * (1 + bool(cell.conditions))
+    checkpoints = -(-cfg.train.steps // cfg.train.save_every)
+    if choose == "dev" and checkpoints > 1:
+        answers += checkpoints * len(load_task(cfg.task).dev)
     return answers
 
 # %% ../../nbs/app/20_study_command.ipynb #sc009
@@ -143,7 +150,7 @@ def show_plan(
     left = [cell for cell in study.cells if states[cell.name] != "finished"]
     costs, answers, said = {}, {}, [study.file.title, plan_line(study, states)]
     try:
-        answers = {cell.name: answers_of(cell) for cell in study.cells}
+        answers = {cell.name: answers_of(cell, study.file.choose) for cell in study.cells}
         for cells in study.groups.values():
             costs[cells[0].group] = cost_of(cells[0])
     except InputError as error:
