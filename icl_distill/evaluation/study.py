@@ -86,7 +86,9 @@ def _level(places: list[Evaluation]) -> Level:
     if len(paths) > 1:
         arm = combine(paths)
         name = next(n for n in reversed(arm.accuracy) if arm.accuracy[n].se is not None)
-        return Level.of(arm.accuracy[name])
+        level = Level.of(arm.accuracy[name])
+        low, high = level.interval  # Student's goes beyond what an accuracy can be
+        return level.model_copy(update=dict(interval=(max(0.0, low), min(1.0, high))))
     results = places[0].results()
     own = results.conditions[pick_checkpoint(results, paths[0])]
     assert own.ci95 is not None, "measured results have intervals"
