@@ -85,9 +85,9 @@ class TeacherConfig(Section):
 class LossConfig(Section):
     "ce · CE + weight · distillation."
 
-    kind: Literal[
-        "mse", "centred_mse", "standardised_mse", "forward_kl", "reverse_kl", "jsd"
-    ] = setting("mse", "the distillation term")
+    kind: Literal["mse", "centred_mse", "standardised_mse", "forward_kl", "reverse_kl", "jsd"] = (
+        setting("mse", "the distillation term")
+    )
     weight: AtLeast0 = setting(0.5, "λ; 0 is plain supervised fine-tuning")
     warmup_steps: Count = setting(0, "over which λ grows linearly from 0")
     match_gradient: Switch = setting(
