@@ -102,14 +102,11 @@ def distill_loss(
     return d * cfg.temperature**2
 
 # %% ../../nbs/objectives/02_losses.ipynb #lo11
-_MOST = 1000.0  # times, at most
-
-
 def _pull(of_ce: Tensor, of_distill: Tensor) -> Tensor:  # (A,V) gradients, twice -> (A,)
-    "By what the term is multiplied: the first's length over the second's."
+    "By what the term is multiplied, a thousand at most: the first's length over the second's."
     wanted, has = (x.norm(dim=-1) for x in (of_ce, of_distill))
     least = torch.finfo(wanted.dtype).tiny
-    return wanted / torch.maximum(has, wanted / _MOST).clamp(min=least)
+    return wanted / torch.maximum(has, wanted / 1000).clamp(min=least)
 
 # %% ../../nbs/objectives/02_losses.ipynb #c036
 SUMS = (
