@@ -30,13 +30,13 @@ def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:  # (A,K), (A,K) -> 
     delta = student - teacher
     return (delta - delta.mean(-1, keepdim=True)).square().mean(-1)
 
-# %% ../../nbs/objectives/02_losses.ipynb #lo07
+# %% ../../nbs/objectives/02_losses.ipynb #lo08
 def _standardised(x: Tensor) -> Tensor:  # (A,K) -> (A,K)
     "With mean 0 and standard deviation 1; zeros where all are equal."
     x = x - x.mean(-1, keepdim=True)
     return x / x.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt()
 
-# %% ../../nbs/objectives/02_losses.ipynb #lo08
+
 def standardised_mse(student: Tensor, teacher: Tensor) -> Tensor:  # (A,K), (A,K) -> (A,)
     "As `mse` of logits with mean 0 and standard deviation 1: blind to shift and scale."
     return mse(_standardised(student), _standardised(teacher))
@@ -100,13 +100,6 @@ def distill_loss(
     else:
         d = jsd(p, q, cfg.beta)
     return d * cfg.temperature**2
-
-# %% ../../nbs/objectives/02_losses.ipynb #lo11
-def _pull(of_ce: Tensor, of_distill: Tensor) -> Tensor:  # (A,V) gradients, twice -> (A,)
-    "By what the term is multiplied, a thousand at most: the first's length over the second's."
-    wanted, has = (x.norm(dim=-1) for x in (of_ce, of_distill))
-    least = torch.finfo(wanted.dtype).tiny
-    return wanted / torch.maximum(has, wanted / 1000).clamp(min=least)
 
 # %% ../../nbs/objectives/02_losses.ipynb #c036
 SUMS = (
@@ -269,7 +262,14 @@ def _whole_rows(targets: HiddenTargets, cfg: LossConfig) -> tuple[Targets, LossC
     logits = targets.logits()
     return topk_targets(logits, logits.shape[-1], cfg.temperature), replace(cfg, tail=False)
 
-# %% ../../nbs/objectives/02_losses.ipynb #lo13
+# %% ../../nbs/objectives/02_losses.ipynb #lo11
+def _pull(of_ce: Tensor, of_distill: Tensor) -> Tensor:  # (A,V) gradients, twice -> (A,)
+    "By what the term is multiplied, a thousand at most: the first's length over the second's."
+    wanted, has = (x.norm(dim=-1) for x in (of_ce, of_distill))
+    least = torch.finfo(wanted.dtype).tiny
+    return wanted / torch.maximum(has, wanted / 1000).clamp(min=least)
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, cfg: LossConfig) -> Tensor:  # (A,)
     smoothing = cfg.label_smoothing
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
