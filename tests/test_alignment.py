@@ -3,6 +3,7 @@
 Exact strings, causal alignment, identical suffixes, no leak."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -21,12 +22,13 @@ from helpers_data import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icl_distill.core.config import ContextConfig, PromptConfig
+from icl_distill.core.config import ContextConfig, PromptConfig, TaskConfig
 from icl_distill.core.files import InputError
 from icl_distill.data.alignment import TooLong, align, align_rows, pack
 from icl_distill.data.contexts import WRONG_SHOTS, Context, Contexts
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
+from icl_distill.data.tasks import load_task
 from icl_distill.data.templates import DATE
 
 # ---- the rendered strings, in full
@@ -284,7 +286,7 @@ def test_template_that_drops_a_turn():
 
 # ---- law 4: no leak
 
-KINDS = ("per_example", "fixed", "pool", "shuffled_answers", "wrong_task", "none", "text")
+KINDS = ("per_example", "fixed", "pool", "shuffled_answers", "wrong_task", "noise", "none", "text")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,7 +348,8 @@ def test_test_items_get_train_contexts(kind):
         train,
     )
     c = contexts(Example("test-0", "other", "x"))
-    assert {s.id for s in c.shots} <= {e.id for e in train} | {e.id for e in WRONG_SHOTS}
+    if kind != "noise":
+        assert {s.id for s in c.shots} <= {e.id for e in train} | {e.id for e in WRONG_SHOTS}
     if kind == "per_example":
         assert all(
             s.question != "q5"
@@ -366,6 +369,24 @@ def test_shuffled_answers():
         s.answer for s in a.shots
     ) == sorted(s.answer for s in b.shots)
     assert all(x.answer != y.answer for x, y in zip(a.shots, b.shots, strict=True))
+
+
+@pytest.mark.parametrize("task", ["dates", "units"])
+def test_noise_has_the_length_of_the_shots_and_nothing_else(task):
+    "No word of the task is left; as many words, digits and, nearly, tokens."
+    train = load_task(TaskConfig(name=task, n_train=40)).train
+    (real,), (noise,) = (
+        Contexts(ContextConfig(kind=kind, n_shots=8), train).shared for kind in ("fixed", "noise")
+    )
+    assert noise == Contexts(ContextConfig(kind="noise", n_shots=8), train).shared[0]
+    tok, words, forms, n = tokenizer("chatml"), [], [], []
+    for context in (real, noise):
+        text = "\n".join(f"{shot.question}\n{shot.answer}" for shot in context.shots)
+        words.append(set(re.findall(r"[^\W\d_]+", text)))
+        forms.append(re.sub(r"[^\W\d_]+", "w", re.sub(r"\d", "0", text)))
+        n.append(len(tok(text).input_ids))
+    assert not words[0] & words[1] and forms[0] == forms[1]
+    assert 0.8 < n[1] / n[0] < 1.2
 
 
 @pytest.mark.parametrize("kind", ["per_example", "fixed", "pool", "shuffled_answers"])

@@ -30,6 +30,10 @@ def whole_logits(model, batch, whose):
     return out.logits[p.rows, p.cols], p.labels
 
 
+def standard(x):
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+
+
 def by_the_book(model, batch, loss):
     "The loss's mean over answer tokens, from whole rows of logits of two plain passes."
     s, labels = whole_logits(model, batch, "student_ids")
@@ -41,6 +45,7 @@ def by_the_book(model, batch, loss):
     d = {
         "mse": delta.square().mean(-1),
         "centred_mse": delta.var(-1, correction=0),
+        "standardised_mse": (standard(s) - standard(t)).square().mean(-1),
         "forward_kl": T**2 * (p * (p / q).log()).sum(-1),
         "reverse_kl": T**2 * (q * (q / p).log()).sum(-1),
         "jsd": T**2 * (loss.beta * p * (p / m).log() + (1 - loss.beta) * q * (q / m).log()).sum(-1),

@@ -12,11 +12,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from typer.testing import CliRunner
 
 from icl_distill.core.files import InputError
+from icl_distill.app.cli import app
 from icl_distill.app.launch import Plan, accelerate_configs, attach, launch
 from icl_distill.app.launched import read_bar
 from icl_distill.app.monitor import live, monitor, monitor_html
+from icl_distill.evaluation.grid import read_study
 from icl_distill.testing import tiny_folder
 
 root = Path(__file__).resolve().parent.parent
@@ -249,6 +252,26 @@ def test_cluster_examples():
         and "icl_distill.train" in sky["run"]
         and sky["resources"]["accelerators"] == "A100-80GB:4"
     )
+
+
+def test_a_job_for_each_cell(tmp_path, monkeypatch):
+    "Its script runs the line that `--commands` prints, with the bucket where the study looks."
+    sky = yaml.safe_load((root / "configs" / "cluster" / "skypilot_study.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    out = CliRunner().invoke(app, ["study", "gsm8k", "--commands"], catch_exceptions=False)
+    lines = out.output.splitlines()
+    assert sky["envs"]["COMMAND"] == lines[0] and len(lines) == len(read_study("gsm8k").cells)
+    assert sky["file_mounts"].keys() == {"/runs"} and sky["resources"]["use_spot"]
+    assert subprocess.run(["bash", "-n"], input=sky["setup"], text=True).returncode == 0
+    program = tmp_path / "icl" / "bin" / "icl-distill"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "$@"; readlink runs\n')
+    program.chmod(0o755)
+    (program.parent / "activate").write_text(f"PATH={program.parent}:$PATH\n")
+    env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "COMMAND": lines[-1]}
+    script = ["bash", "-euc", sky["run"]]
+    told = subprocess.run(script, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout.splitlines() == [lines[-1].removeprefix("icl-distill "), "/runs"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from icl_distill.objectives.losses import (
     loss_metrics,
     mse,
     plain_loss,
+    standardised_mse,
 )
 from icl_distill.objectives.targets import Head, HiddenTargets, Targets, topk_targets
 
@@ -56,6 +57,8 @@ def cases(draw):
         beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
         tail=draw(st.booleans()),
         chunk_size=draw(st.integers(1, 11)),
+        label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        match_gradient=draw(st.sampled_from([False, False, True])),
     )
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     head = _head(
@@ -126,6 +129,7 @@ def test_last_states_give_the_loss_over_all_logits(kind):
         d = {
             "mse": F.mse_loss(s, t, reduction="none").mean(-1),
             "centred_mse": delta.var(-1, correction=0),
+            "standardised_mse": 2 - 2 * _correlation(s, t),
             "forward_kl": F.kl_div(lq, lp, log_target=True, reduction="none").sum(-1) * T**2,
             "reverse_kl": F.kl_div(lp, lq, log_target=True, reduction="none").sum(-1) * T**2,
             "jsd": T**2
@@ -203,7 +207,8 @@ def test_autocast_and_mixed_dtypes():
     [
         ("mse", True, 1.0),
         ("centred_mse", True, 1.0),
-        *((k, t, T) for k in KINDS[2:] for t in (True, False) for T in (1.0, 2.0)),
+        ("standardised_mse", True, 1.0),
+        *((k, t, T) for k in KINDS[3:] for t in (True, False) for T in (1.0, 2.0)),
     ],
 )
 def test_gradcheck(kind, tail, T):
@@ -214,13 +219,98 @@ def test_gradcheck(kind, tail, T):
         torch.randint(12, (4,), generator=g),
     )
     targets = topk_targets(head(torch.randn(4, 5, generator=g, dtype=torch.float64)), 6, T)
-    cfg = LossConfig(kind=kind, tail=tail, temperature=T, weight=0.7, beta=0.3, chunk_size=3)
-    assert torch.autograd.gradcheck(
-        lambda h: chunked_loss(h, labels, head, targets, cfg).total, hidden
-    )
+    for smoothing in (0.0, 0.2):
+        cfg = LossConfig(kind=kind, tail=tail, temperature=T, weight=0.7, beta=0.3, chunk_size=3)
+        cfg.label_smoothing = smoothing
+        assert torch.autograd.gradcheck(
+            lambda h, cfg=cfg: chunked_loss(h, labels, head, targets, cfg).total, hidden
+        )
+
+
+def _kept(head, states, whole):
+    "A teacher's targets, both kinds."
+    return HiddenTargets(states, head) if whole else topk_targets(head(states), 6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("f", [plain_loss, chunked_loss])
+def test_smoothed_labels_are_a_distribution(f, whole):
+    "Cross-entropy with (1-ε) on the label and ε/V everywhere, written out."
+    g = torch.Generator().manual_seed(3)
+    head = _head(g, 12, 5, True, 0.5, 3.0)
+    leaf, states = torch.randn(2, 7, 5, generator=g, dtype=torch.float64)
+    labels = torch.randint(12, (7,), generator=g)
+    leaf.requires_grad_()
+    q = torch.full((7, 12), 0.2 / 12, dtype=torch.float64)
+    q[range(7), labels] += 0.8
+    want = -(q * head(leaf).log_softmax(-1)).sum()
+    (slope,) = torch.autograd.grad(0.3 * want, leaf)
+    cfg = LossConfig(label_smoothing=0.2, weight=0.0, ce=0.3, chunk_size=3)
+    for targets in (None, _kept(head, states, whole)):
+        total, sums, grad = _run(f, leaf, labels, head, targets, cfg)
+        assert_close(total, 0.3 * want.detach())
+        assert_close(sums[SUMS.index("ce")], want.detach())
+        assert_close(grad, 0.37 * slope)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matched_term_pulls_as_hard_as_cross_entropy(kind, whole):
+    "Position by position, at the logits; by hand, one position after the other."
+    g = torch.Generator().manual_seed(5)
+    head = _head(g, 12, 5, True, 1.0, None)
+    hidden, states = torch.randn(2, 7, 5, generator=g, dtype=torch.float64)
+    labels, targets = torch.randint(12, (7,), generator=g), _kept(head, states, whole)
+    plain = LossConfig(kind=kind, weight=1.0, ce=0.0, chunk_size=3)
+    matched = plain.model_copy(update=dict(match_gradient=True, weight=0.4))
+    want, value = torch.zeros(7, 5, dtype=torch.float64), 0.0
+    for i in range(7):
+        x = head(hidden[i : i + 1]).requires_grad_()  # its head is the identity below
+        same = Head(torch.eye(12, dtype=torch.float64))
+        row = targets.rows(i, i + 1)
+        term = plain_loss(x, labels[i : i + 1], same, row, plain).total
+        (of_term,) = torch.autograd.grad(term, x)
+        (of_ce,) = torch.autograd.grad(F.cross_entropy(x, labels[i : i + 1]), x)
+        factor = 0.4 * of_ce.norm() / of_term.norm()
+        want[i] = (factor * of_term @ head.weight)[0]
+        value += factor * term.detach()
+    for f in (plain_loss, chunked_loss):
+        total, _, grad = _run(f, hidden, labels, head, targets, matched)
+        assert_close(total, value, rtol=1e-8, atol=1e-10)
+        assert_close(grad, 0.37 * want, rtol=1e-8, atol=1e-10)
+        with torch.no_grad():  # the same value where no gradient is wanted
+            assert_close(f(hidden, labels, head, targets, matched).total, total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_is_not_made_a_gradient(kind):
+    "A teacher that differs by rounding alone: matched or not, next to nothing."
+    hidden, labels, head, _ = _setup()
+    near = topk_targets(head(hidden) * (1 + 1e-7), 5)
+    for match in (False, True):
+        cfg = LossConfig(kind=kind, weight=1.0, chunk_size=4, match_gradient=match)
+        m = loss_metrics(_run(chunked_loss, hidden, labels, head, near, cfg, diagnose=True)[1])
+        assert m["distill_grad_norm"] < 2e-3 * m["ce_grad_norm"]
 
 
 # the distillation term
+
+
+def _correlation(s, t):  # (A,K), (A,K) -> (A,)
+    return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(s, t, strict=True)])
+
+
+@quick
+@given(st.integers(2, 40), st.floats(0.1, 10), st.floats(-50, 50), st.integers(0, 10**6))
+def test_standardised_mse_is_two_minus_twice_the_correlation(k, scale, shift, seed):
+    "Blind to the student's scale and shift; where all logits are equal there is no NaN."
+    g = torch.Generator().manual_seed(seed)
+    s, t = torch.randn(2, 5, k, generator=g, dtype=torch.float64)
+    assert_close(standardised_mse(s, t), 2 - 2 * _correlation(s, t), rtol=1e-7, atol=1e-9)
+    assert_close(standardised_mse(scale * s + shift, t), standardised_mse(s, t))
+    flat = torch.full_like(s, shift).requires_grad_()
+    standardised_mse(flat, t).sum().backward()
+    assert flat.grad.isfinite().all()
 
 
 def _at(student, teacher, k, cfg):

@@ -201,6 +201,10 @@ def small_args(command: str, args: list[str]) -> tuple[list[str], str]:
     if command == "export":
         args = export_args(args)
         return args, "" if Path(args[0]).is_dir() else f"{args[0]} was not trained here"
+    if command == "study":
+        from icl_distill.evaluation.grid import read_study
+
+        return args, f"its {len(read_study(params['file']).cells)} cells would take an hour"
     if command == "report":
         runs = [*params["run"], *(params["against"] or [])]
         missing = [p for p in runs if not (p.is_file() or Run(p).evaluation("test").exists())]

@@ -44,6 +44,7 @@ from torch.testing import assert_close
 from icl_distill.core.checkpoints import Checkpoint
 from icl_distill.core.config import LoraConfig, load_config
 from icl_distill.core.files import InputError
+from icl_distill.core.runs import Run
 from icl_distill.data.alignment import pack
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import Task
@@ -266,16 +267,17 @@ def test_damaged_memory(damage, tmp_path):
 # ---- law 8: the same curve
 
 
-@pytest.mark.parametrize("loss", ["mse", "forward_kl", "sft"])
+@pytest.mark.parametrize("loss", ["mse", "matched", "forward_kl", "sft"])
 def test_batch_shape_does_not_matter(loss):
     """8×1, 4×2, 1×8, and a size that leaves the last micro-batch incomplete: the same gradient.
 
     The answers are of uneven length.
     """
     model, accelerator = noisy_adapter(tiny_model()), Accelerator(cpu=True)
-    over = "loss.weight=0" if loss == "sft" else f"loss.kind={loss}"
+    own = {"sft": ["loss.weight=0"], "matched": ["loss.match_gradient=true"]}
+    over = own.get(loss, [f"loss.kind={loss}"])
     cfg = load_config(
-        "quickstart", ["prompt.template=chat", "context.n_shots=3", "teacher.top_k=16", over]
+        "quickstart", ["prompt.template=chat", "context.n_shots=3", "teacher.top_k=16", *over]
     )
     data = prepare(cfg, TOY, Prompter(real_tokenizer(), cfg.prompt))
     batch = data.aligned[:8]
@@ -335,6 +337,18 @@ def test_resume_is_bit_exact(whole, tmp_path, first):
     go(tmp_path, f"steps={first}")
     go(tmp_path)
     same_runs(whole, tmp_path, 6)
+
+
+def test_lambda_grows_from_zero(tmp_path):
+    "Step by step, as it is logged; and after a resume within the warm-up, bit by bit."
+    over = ["log_every=1", "loss.ce=0", "loss.weight=0.6", "loss.warmup_steps=3"]
+    over += ["batch_size=2", "accumulation=1"]
+    whole = go(tmp_path / "whole", *over, "steps=5")
+    lines = Run(tmp_path / "whole").metrics()
+    grown = [line["loss"] / line["distill"] for line in lines]
+    assert_close(torch.tensor(grown), torch.tensor([0, 0.2, 0.4, 0.6, 0.6]), rtol=1e-4, atol=1e-6)
+    go(tmp_path / "part", *over, "steps=2")
+    assert equal(go(tmp_path / "part", *over, "steps=5"), whole)
 
 
 def test_a_resume_reads_what_was_encoded(whole, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def _stands(study: Study, cell: Cell) -> int:  # the checkpoint's step
     "Which checkpoint stands for the run: the best on dev (of equals the first), or the last."
     from icl_distill.evaluation.evaluate import evaluate
 
-    if study.file.choose == "last":
+    if study.file.choose == "last" or len(cell.run.checkpoints()) == 1:
         return cell.config.train.steps
     dev = evaluate(asked_of(cell, "dev"))
     assert dev is not None, "only a shard waits for others"

@@ -217,7 +217,7 @@ class ContextConfig(Section):
     "What the teacher reads before the question."
 
     kind: Literal[
-        "per_example", "fixed", "pool", "none", "shuffled_answers", "wrong_task", "text"
+        "per_example", "fixed", "pool", "none", "shuffled_answers", "wrong_task", "noise", "text"
     ] = setting("per_example", "which examples")
     n_shots: Count = setting(8, "worked examples in a context")
     seed: Seed = setting(42, "of the draw")

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from .inputs import ModelConfig
 from icl_distill.core.sections import (
     AtLeast0,
+    Count,
+    Fraction,
     Must,
     Positive,
     PositiveInt,
@@ -83,11 +85,18 @@ class TeacherConfig(Section):
 class LossConfig(Section):
     "ce · CE + weight · distillation."
 
-    kind: Literal["mse", "centred_mse", "forward_kl", "reverse_kl", "jsd"] = setting(
-        "mse", "the distillation term"
+    kind: Literal["mse", "centred_mse", "standardised_mse", "forward_kl", "reverse_kl", "jsd"] = (
+        setting("mse", "the distillation term")
     )
     weight: AtLeast0 = setting(0.5, "λ; 0 is plain supervised fine-tuning")
+    warmup_steps: Count = setting(0, "over which λ grows linearly from 0")
+    match_gradient: Switch = setting(
+        False, "scale the term at each position: its gradient at the logits as long as CE's"
+    )
     ce: AtLeast0 = setting(1.0, "the weight of CE; 0 is distillation alone")
+    label_smoothing: Fraction = setting(
+        0.0, "of CE: this much of each label spread evenly over the vocabulary"
+    )
     temperature: Positive = setting(1.0, "of the KL family")
     beta: Beta = setting(0.5, "jsd: the teacher's share of the mixture")
     tail: Switch = setting(

@@ -212,11 +212,12 @@ class Config(Section):
                 "answers.source is 'student', whose answers are new each time: "
                 "teacher.cache must be off"
             )
-        blind = self.loss.kind == "centred_mse" or not (self.loss.tail or self.loss.kind == "mse")
+        blind = self.loss.kind.endswith("_mse") or not (self.loss.tail or self.loss.kind == "mse")
         if blind and self.teacher.keep == "topk":
             raise disagree(
                 "answers.source is 'student', which could leave the teacher's top K unpunished: "
-                "set loss.tail=true and another loss.kind than centred_mse, or teacher.keep=hidden"
+                "set loss.tail=true and a loss.kind other than centred_mse and standardised_mse, "
+                "or teacher.keep=hidden"
             )
         if self.train.compile:
             raise disagree(

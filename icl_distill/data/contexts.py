@@ -8,6 +8,8 @@ __all__ = ['WRONG_SHOTS', 'Context', 'Contexts']
 # %% ../../nbs/data/06_contexts.ipynb #h0023
 import hashlib
 import random
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,6 +78,26 @@ def _with_next_answers(shots: tuple[Example, ...]) -> tuple[Example, ...]:
         for shot, other in zip(shots, moved, strict=True)
     )
 
+# %% ../../nbs/data/06_contexts.ipynb #cx11
+def _as_noise(text: str, rng: random.Random) -> str:
+    "As many words and digits, at random."
+
+    def other(word: re.Match) -> str:
+        if word[0].isdigit():
+            return rng.choice(string.digits)
+        verb = rng.choice(re.findall(r"\w+", _VERBS))
+        return verb.capitalize() if word[0][0].isupper() else verb
+
+    return re.sub(r"\d|[^\W\d_]+", other, text)
+
+
+def _noise(shots: tuple[Example, ...], seed: str) -> tuple[Example, ...]:
+    rng = random.Random(seed)
+    return tuple(
+        Example(f"noise-{i}", _as_noise(shot.question, rng), _as_noise(shot.answer, rng))
+        for i, shot in enumerate(shots)
+    )
+
 # %% ../../nbs/data/06_contexts.ipynb #c011a
 class _OtherExamples:
     "Shots drawn from all training examples but one's own."
@@ -137,6 +159,8 @@ def _shared_contexts(cfg: ContextConfig, train: list[Example]) -> list[Context]:
     drawn = [_draw(source, cfg.n_shots, f"{cfg.seed}:{name}:{i}") for i in range(count)]
     if kind == "shuffled_answers":
         drawn = [_with_next_answers(shots) for shots in drawn]
+    if kind == "noise":
+        drawn = [_noise(shots, f"{cfg.seed}:noise") for shots in drawn]
     return [Context(shots) for shots in drawn]
 
 # %% ../../nbs/data/06_contexts.ipynb #c011

@@ -63,6 +63,11 @@ def _path_of(name: str) -> Path:
     raise InputError(f"{name!r}: no such file, and not one of the shipped studies ({known})")
 
 
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    "What a file that extends another has set to `null` is taken out."
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def read_study_file(
     name: str,  # a YAML file, or a shipped study's name
 ) -> StudyFile:
@@ -70,8 +75,8 @@ def read_study_file(
     path = _path_of(name)
     values: dict[str, Any] = reduce(merge, (layer for _, layer in read_layers(str(path))), {})
     if isinstance(values.get("axes"), dict):
-        axes = values["axes"].items()
-        values["axes"] = {axis: given for axis, given in axes if given is not None}
+        axes = _without_none(values["axes"]).items()
+        values["axes"] = {a: _without_none(x) if isinstance(x, dict) else x for a, x in axes}
     if "base" in values and (beside := path.parent / str(values["base"])).is_file():
         values["base"] = str(beside)
     return checked(StudyFile, values, f"study {path.name}")

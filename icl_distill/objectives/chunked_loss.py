@@ -19,6 +19,7 @@ from icl_distill.objectives.losses import (
     LossParts,
     _check_shapes,
     _Distilled,
+    _pull,
     _Terms,
     distill_loss,
 )
@@ -80,11 +81,17 @@ class _Powers:
     by_logz: Tensor | None = None  # (a,)
 
 
+def _at_label(x: Tensor, job: _Job) -> Tensor:  # (a,)
+    "The logit that CE wants to be large: the label's; smoothed, the mean has its share."
+    smoothing, own = job.cfg.label_smoothing, x.gather(1, job.labels[:, None])[:, 0]
+    return torch.lerp(own, x.mean(-1), smoothing) if smoothing else own
+
+
 def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     "The loss at a chunk's logits `x` (a,V), which become exp(x-max)."
     targets, cfg = job.targets, job.cfg
     assert not isinstance(targets, HiddenTargets), "whole rows go another way"
-    at_label = x.gather(1, job.labels[:, None])[:, 0]
+    at_label = _at_label(x, job)
     if targets is None:
         z, logz = _exp_(x)
         ce = logz - at_label
@@ -102,7 +109,7 @@ def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
 # %% ../../nbs/objectives/03_chunked_loss.ipynb #ch07b
 def _backward_(p: _Powers, job: _Job) -> list[Tensor]:
     "Gradients at the logits, written over `p.cold`: of all, or CE's and distillation's apart."
-    y = job.labels[:, None]
+    y, smoothing = job.labels[:, None], job.cfg.ce * job.cfg.label_smoothing
     # what CE and distillation want of every logit, per exp(x-max)
     every = job.cfg.ce / p.cold_sum[:, None]
     also: Tensor | float = 0.0
@@ -111,16 +118,35 @@ def _backward_(p: _Powers, job: _Job) -> list[Tensor]:
     own = p.by_values is not None and (job.apart or p.hot is not p.cold)  # a matrix of its own?
     of_distill = p.hot * also if own else p.cold
     of_ce = p.cold.mul_(every if own else every + also)
-    of_ce.scatter_add_(1, y, torch.full_like(y, -job.cfg.ce, dtype=of_ce.dtype))
+    if smoothing:
+        of_ce.sub_(smoothing / of_ce.shape[-1])
+    of_ce.scatter_add_(1, y, torch.full_like(y, smoothing - job.cfg.ce, dtype=of_ce.dtype))
     if p.ids is not None and p.by_values is not None:
         of_distill.scatter_add_(1, p.ids, p.by_values)
     if not own:
         return [of_ce]
     return [of_ce, of_distill] if job.apart else [of_ce.add_(of_distill)]
 
+# %% ../../nbs/objectives/03_chunked_loss.ipynb #ch25
+def _matched_(x: Tensor, job: _Job) -> tuple[list[Tensor], _Terms]:
+    "As `_logit_grads`, where the term's gradient is as long as CE's."
+    cfg = job.cfg
+    each = cfg.model_copy(update=dict(ce=1.0, weight=1.0))
+    terms, powers = _forward_(x, replace(job, cfg=each, gradient=True))
+    of_ce, of_distill = _backward_(powers, replace(job, cfg=each, apart=True))
+    weight = cfg.weight * _pull(of_ce, of_distill)
+    assert terms.distilled is not None, "there is a teacher"
+    terms.total = cfg.ce * terms.ce + weight * terms.distilled.loss
+    grads = [of_ce.mul_(cfg.ce), of_distill.mul_(weight[:, None])]
+    if not job.gradient:
+        return [], terms
+    return grads if job.apart else [grads[0].add_(grads[1])], terms
+
 
 def _logit_grads(x: Tensor, job: _Job) -> tuple[list[Tensor], _Terms]:
     "Gradients at a chunk's logits `x` (a,V), which are overwritten, and the loss there."
+    if job.cfg.match_gradient and job.cfg.weight and job.targets is not None:
+        return _matched_(x, job)
     terms, powers = _forward_(x, job)
     return _backward_(powers, job) if job.gradient else [], terms
 

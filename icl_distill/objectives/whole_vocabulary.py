@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import LossConfig
-from .losses import _Terms, _Whole
+from .losses import _pull, _standardised, _Terms, _Whole
 
 # %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv07
 def divergence_(
@@ -21,6 +21,8 @@ def divergence_(
     cfg: LossConfig,  # its kind, temperature and beta
 ) -> Tensor:  # (a,)
     "The distillation term of each position over the whole vocabulary, and its gradient."
+    if cfg.kind == "standardised_mse":
+        return _standardised_(s, t)
     if cfg.kind.endswith("mse"):
         delta = t.neg_().add_(s)
         if cfg.kind == "centred_mse":
@@ -32,6 +34,17 @@ def divergence_(
     d = _kl_(lq, lp, t, cfg)
     t.mul_(cfg.temperature)
     return d * cfg.temperature**2
+
+# %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv20
+def _standardised_(s: Tensor, t: Tensor) -> Tensor:  # (a,)
+    "2·(1−r) of each position; `t` becomes the gradient."
+    ours, theirs = _standardised(s), _standardised(t)
+    delta = ours - theirs
+    along = torch.linalg.vecdot(ours, delta)[:, None] / s.shape[-1]  # 1-r
+    d = delta.square().mean(-1)
+    spread = s.std(-1, correction=0, keepdim=True).clamp(min=1e-6)
+    torch.sub(delta, ours.mul_(along), out=t).mul_(2 / (s.shape[-1] * spread))
+    return d
 
 # %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv08
 def _kl_(lq: Tensor, lp: Tensor, out: Tensor, cfg: LossConfig) -> Tensor:  # (a,)
@@ -68,19 +81,23 @@ def whole_terms_(
     n = max(1, BLOCK // x.shape[-1])
     blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), strict=True)
     rows = [_block_(*block, cfg, gradient) for block in blocks]
-    ce, d, mse, shift = (torch.cat(each) for each in zip(*rows, strict=True))
-    return _Terms(ce, cfg.ce * ce + cfg.weight * d, _Whole(d, mse, shift))
+    ce, d, pull, mse, shift = (torch.cat(each) for each in zip(*rows, strict=True))
+    return _Terms(ce, cfg.ce * ce + cfg.weight * pull * d, _Whole(d, mse, shift))
 
 
 def _block_(x: Tensor, t: Tensor, y: Tensor, cfg: LossConfig, gradient: bool) -> tuple:
-    "CE, distillation, raw MSE and shift of a few rows, (a,) each."
-    delta = x - t
+    "CE, distillation, the factor that matches it, raw MSE and shift of a few rows, (a,) each."
+    delta, smoothing = x - t, cfg.label_smoothing
     mse, shift = delta.square_().mean(-1), (x.mean(-1) - t.mean(-1)).square()
     d = divergence_(x, t, cfg)
     logz = x.logsumexp(-1, keepdim=True)
-    ce = (logz - x.gather(1, y))[:, 0]
-    if gradient:
-        t.mul_(cfg.weight)
-        x.sub_(logz).exp_().mul_(cfg.ce)
-        x.scatter_add_(1, y, torch.full_like(y, -cfg.ce, dtype=x.dtype))
-    return ce, d, mse, shift
+    ce = (logz - (1 - smoothing) * x.gather(1, y))[:, 0] - smoothing * x.mean(-1)
+    pull = torch.ones_like(d)
+    if gradient or cfg.match_gradient:
+        x.sub_(logz).exp_().sub_(smoothing / x.shape[-1])
+        x.scatter_add_(1, y, torch.full_like(y, smoothing - 1, dtype=x.dtype))
+        if cfg.match_gradient:
+            pull = _pull(x, t)
+        t.mul_(cfg.weight * pull[:, None])
+        x.mul_(cfg.ce)
+    return ce, d, pull, mse, shift

@@ -37,6 +37,7 @@ from icl_distill.training.step import (
     backward_step,
     check_finite,
     explain_out_of_memory,
+    loss_at,
     lr_factor,
 )
 
@@ -110,6 +111,7 @@ def _optimiser_step(state: TrainState) -> float:  # the gradient's norm
     micro = micro_batches(batch, t.batch_size, accelerator.process_index, accelerator.num_processes)
     for group in state.optimizer.param_groups:
         group["lr"] = t.lr * lr_factor(state.step, t)
+    learner.loss = loss_at(state.step, state.config.loss)
     state.step += 1
     working_on(f"step {state.step}", t.timeout)
     with explain_out_of_memory(micro):
