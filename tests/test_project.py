@@ -23,7 +23,7 @@ data: contexts templates prompts alignment encoding
 objectives: targets losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading shared_prefix target_cache teacher decoding generation
 models: vllm_engine engines
-training: batches teachers fill state step on_policy trackers setup loop answers labels
+training: batches teachers fill whole_model state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures grid study study_figure

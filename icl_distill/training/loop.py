@@ -23,7 +23,6 @@ from ..data.tasks import Task, load_task
 
 # %% ../../nbs/training/04_loop.ipynb #l034
 from icl_distill.models.loading import (
-    add_lora,
     base_of,
     body_of,
     load_model,
@@ -33,7 +32,14 @@ from icl_distill.models.loading import (
 from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import micro_batches, prepare_or_read
-from .setup import accelerator_of, assemble, begin, check, settle
+from icl_distill.training.setup import (
+    accelerator_of,
+    assemble,
+    begin,
+    check,
+    release_teacher,
+    settle,
+)
 from .state import TrainState, save_checkpoint
 from icl_distill.training.step import (
     Stop,
@@ -42,6 +48,8 @@ from icl_distill.training.step import (
     explain_out_of_memory,
     lr_factor,
 )
+from .teachers import other_weights
+from .whole_model import student_of
 
 # %% ../../nbs/training/04_loop.ipynb #c039
 def log(
@@ -141,6 +149,8 @@ def _loop(state: TrainState, shown: bool):
             if state.step % t.log_every == 0 or at_the_end:
                 progress.show(log(state, norm))
             progress.tick()
+            if state.step * state.batch_size % len(state.data.aligned) < state.batch_size:
+                release_teacher(state)  # an epoch has ended
             stopping = stop.anywhere(state.learner.accelerator)
             if state.step % t.save_every == 0 or at_the_end or stopping:
                 _save(state)
@@ -155,7 +165,7 @@ def train(
     task: Task | None = None,  # likewise
     progress: bool = True,  # a progress bar
 ) -> Path:  # the newest checkpoint
-    """Train an adapter, or go on with it. A base model that was given is as before afterwards.
+    """Train an adapter or all weights, or go on. A model that was given is as before afterwards.
 
     Raises `InputError` for input that cannot be used; whatever was saved stays.
     """
@@ -174,15 +184,17 @@ def train(
         data = prepare_or_read(run.encoded_path, cfg, task, prompter, shown, positions)
         base = load_model(cfg.model) if model is None else model
         base_hash = weights_hash(base)
-        adapted = add_lora(base, cfg.lora, cfg.seed).to(accelerator.device)
+        student = student_of(base, cfg, model is not None).to(accelerator.device)
         try:
-            state = assemble(cfg, accelerator, adapted, tok, data, base_hash)
+            state = assemble(cfg, accelerator, student, tok, data, base_hash)
+            state.other = other_weights(cfg, tok, accelerator.device, model)
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
             working_on()
             remove_taps(body_of(base))
-            adapted.unload()
+            if cfg.lora:
+                student.unload()
     if cfg.train.tracker:
         accelerator.end_training()
     assert state.checkpoint is not None, "the last step is always saved"
