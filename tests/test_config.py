@@ -33,10 +33,12 @@ from icl_distill.core.config import (
     to_yaml,
 )
 from icl_distill.core.files import InputError
+from icl_distill.core.sections import section_of
 from icl_distill.testing import raises
 
 leaves = [row["key"] for row in config_table() if "." in row["key"]]
-sections = {key.split(".")[0]: Config.model_fields[key.split(".")[0]].annotation for key in leaves}
+annotated = {key.split(".")[0]: Config.model_fields[key.split(".")[0]].annotation for key in leaves}
+sections = {name: section_of(kind) or kind for name, kind in annotated.items()}
 
 
 def get(cfg, key):

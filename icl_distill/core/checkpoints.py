@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INFO_FILE', 'ADAPTER_CONFIG', 'ADAPTER_WEIGHTS', 'MODEL_CONFIG', 'MODEL_WEIGHTS', 'CHECKPOINTS', 'CONFIG_FILE',
-           'STATE_FILE', 'NEEDED', 'step_folder', 'process_file', 'seal', 'Checkpoint', 'checkpoints_of',
+           'STATE_FILE', 'NEEDED', 'step_folder', 'process_file', 'seal', 'holds_model', 'Checkpoint', 'checkpoints_of',
            'find_checkpoints', 'remove_checkpoint', 'keep_newest', 'remove_unfinished']
 
 # %% ../../nbs/core/08_checkpoints.ipynb #c003
@@ -73,7 +73,7 @@ def _check_present(folder: Path, names):
         raise InputError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(missing)} missing")
 
 
-def _holds_model(folder: Path) -> bool:
+def holds_model(folder: Path) -> bool:
     "A whole model and no adapter."
     adapter = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     return (folder / MODEL_CONFIG).is_file() and not any((folder / x).exists() for x in adapter)
@@ -81,7 +81,7 @@ def _holds_model(folder: Path) -> bool:
 
 def _weights_of(folder: Path) -> list[Path]:
     "The files of an adapter's weights, or of a model's."
-    if not _holds_model(folder):
+    if not holds_model(folder):
         return [folder / ADAPTER_WEIGHTS]
     return sorted(folder.glob("model*.safetensors")) or [folder / MODEL_WEIGHTS]
 
@@ -121,7 +121,7 @@ def _checked_info(folder: Path, whole: bool) -> dict:
         raise ValueError(f"{INFO_FILE} lacks {', '.join(missing)}")
     if type(info["step"]) is not int or info["step"] < 0:
         raise ValueError(f"step is {info['step']!r}")
-    settings = MODEL_CONFIG if _holds_model(folder) else ADAPTER_CONFIG
+    settings = MODEL_CONFIG if holds_model(folder) else ADAPTER_CONFIG
     json.loads((folder / settings).read_text())
     for path in _weights_of(folder):
         with safe_open(path, "numpy") as weights:
@@ -152,7 +152,7 @@ class Checkpoint:
             raise InputError(f"checkpoint {str(folder)!r}: no such folder")
         foreign = not whole and _is_foreign(folder)
         own = (INFO_FILE, *(p.name for p in _weights_of(folder)))
-        kept = own if _holds_model(folder) else NEEDED
+        kept = own if holds_model(folder) else NEEDED
         _check_present(folder, [ADAPTER_WEIGHTS] if foreign else kept)
         from safetensors import SafetensorError
 
@@ -188,7 +188,7 @@ class Checkpoint:
     @property
     def whole_model(self) -> bool:
         "Does it hold all weights, and no adapter?"
-        return _holds_model(self.folder)
+        return holds_model(self.folder)
 
     @property
     def base_model(self) -> str:

@@ -114,9 +114,9 @@ def fill_targets(
     "Compute the targets that are not on disk yet. Raises `InputError` as `train` does."
     _check(cfg)
     cfg = settled(cfg)
-    own = cfg.teacher_model
-    if own and not cfg.teacher.model:  # a second copy of the student's base: here the only one
-        cfg = replace(cfg, model=own)
+    copied = cfg.teacher_model
+    if copied and not cfg.teacher.model:  # of the student's base: here there is no other
+        cfg = replace(cfg, model=copied)
     task = task or load_task(cfg.task)
     cfg = with_system(cfg, task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)

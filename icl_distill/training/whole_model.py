@@ -45,9 +45,9 @@ def cost_text(
     count = sum(p.numel() for p in student.parameters())
     each = 4 * count / 2**30
     return (
-        f"lora=null: all {count / 1e6:.0f} M weights are trained; weights {each:.2f} GiB, gradients "
-        f"{each:.2f} GiB, AdamW's moments {2 * each:.2f} GiB; a checkpoint takes {3 * each:.2f} GiB "
-        "of disk (train.save_total_limit)"
+        f"lora=null: all {count / 1e6:.0f} M weights are trained; they take {each:.2f} GiB, their "
+        f"gradients {each:.2f} GiB, AdamW's moments {2 * each:.2f} GiB, and each checkpoint "
+        f"{3 * each:.2f} GiB of disk (train.save_total_limit)"
     )
 
 # %% ../../nbs/training/02_whole_model.ipynb #wm18
