@@ -27,7 +27,7 @@ training: batches teachers fill whole_model state step on_policy trackers setup 
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures grid study study_figure
-app: estimate plan launched monitor launch widgets export preflight data_report usage serving
+app: estimate memory plan launched monitor launch widgets export preflight data_report usage serving
 app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing
 docs

@@ -92,7 +92,7 @@ class Job:
 
     @property
     def own_model(self) -> str | None:
-        "The folder of a checkpoint with all weights; None: the base model, perhaps with an adapter."
+        "The folder of a checkpoint with all weights; None: the base, perhaps with an adapter."
         folder = self.cond.checkpoint
         return folder if folder and holds_model(Path(folder)) else None
 
