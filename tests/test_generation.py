@@ -399,7 +399,8 @@ def test_a_model_spread_over_several_gpus(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=24)))
+    for file in ("config.json", "adapter_config.json"):
+        (tmp_path / file).write_text(json.dumps(dict(r=24)))
     spread = EvaluateConfig(engine="vllm", tensor_parallel_size=4)
     cfg = Config(evaluate=spread, model=ModelConfig(name=str(tmp_path), dtype="bfloat16"))
     for adapters in ({}, {"step_2": str(tmp_path)}):

@@ -94,7 +94,7 @@ def loss_bytes(s: Shape, cfg: Config, longest: Tokens, teaches: bool) -> float:
     states = teaches and k is None
     rows = min(n, cfg.loss.chunk_size) * (b + 4) * (1 + states)  # the teacher's too
     if cfg.lora is None:
-        rows = n * 4 * (4 + teaches + states)
+        rows = n * 4 * (3 + 2 * teaches + 7 * states)
     targets = teaches * n * (s.hidden * b if k is None else k * (b + 4))
     return rows * s.vocab + targets
 
