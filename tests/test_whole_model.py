@@ -263,7 +263,7 @@ def test_exported_and_published_as_a_model(run, tmp_path):
     assert sent[False] == sent[True] and "adapter_config.json" not in sent[True]
     assert sent[True]["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
     card = sent[True]["README.md"].decode()
-    assert "all of whose weights were trained further" in card and "peft" not in card
+    assert "A plain model: all weights trained, beginning with" in card and "peft" not in card
     assert "lora: null" in card
 
 

@@ -195,11 +195,9 @@ def _base_words(cfg: Config) -> str:
 
 def what_it_is(cfg: Config, merged: bool) -> str:
     "Of which base model, in a sentence."
-    if cfg.lora is None:
-        return f"A plain model: {_base_words(cfg)}, all of whose weights were trained further."
-    if merged:
-        return f"A plain model: a LoRA adapter, merged into {_base_words(cfg)}."
-    return f"A LoRA adapter for {_base_words(cfg)}."
+    how = "a LoRA adapter, merged into" if cfg.lora else "all weights trained, beginning with"
+    base = _base_words(cfg)
+    return f"A plain model: {how} {base}." if merged else f"A LoRA adapter for {base}."
 
 # %% ../../nbs/app/10_card.ipynb #cd28b
 def _what(baked: Baked, merged: bool) -> str:

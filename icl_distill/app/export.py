@@ -120,7 +120,7 @@ def config_of(
         )
     return settled(load_config(None, list(overrides), "train"))
 
-# %% ../../nbs/app/07_export.ipynb #c016
+# %% ../../nbs/app/07_export.ipynb #ex33
 def _whole(cfg: ModelConfig, checkpoint: Checkpoint, dtype: str | None):
     "The model that a checkpoint of all weights is."
     from icl_distill.models.loading import load_model
@@ -146,7 +146,7 @@ def _merged(cfg: ModelConfig, folder: Path, dtype: str | None, tok) -> tuple[Any
         )
     return merged, off
 
-
+# %% ../../nbs/app/07_export.ipynb #c016
 def export_model(
     checkpoint,  # its folder
     out,  # the folder to write; it must not exist

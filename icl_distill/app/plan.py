@@ -197,7 +197,6 @@ def estimate(
         shape_from=shape_from,
         params=s.params,
         trained=s.trained(cfg.lora),
-        whole=cfg.lora is None,
         mode=mode,
         dtype=_dtype(cfg.model, cfg.lora is None),
         processes=processes,
@@ -224,7 +223,11 @@ _WAYS = dict(
 
 
 def _trained(e: dict[str, Any]) -> str:
-    return "all of them trained" if e["whole"] else f"adapter {e['trained'] / 1e6:.1f} M"
+    return (
+        "all of them trained"
+        if e["trained"] == e["params"]
+        else f"adapter {e['trained'] / 1e6:.1f} M"
+    )
 
 
 def _sentences(e: dict[str, Any]) -> list[str]:

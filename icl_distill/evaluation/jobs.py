@@ -32,6 +32,7 @@ from ..models.decoding import Sampling
 from ..models.engines import check_applied, open_engine
 from ..models.generation import TransformersEngine
 from ..models.loading import weights_hash
+from ..models.vllm_engine import VLLMEngine
 from ..training.on_policy import answer_seed
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #j004
@@ -176,7 +177,8 @@ def engine_for(
         try:
             yield engine
         finally:
-            engine.close()
+            if isinstance(engine, VLLMEngine):
+                engine.close()
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #c039
 class RunningAccuracy:

@@ -184,10 +184,6 @@ class TransformersEngine:
                 self.model.delete_adapter(name)
         self.attached.clear()
 
-    def close(self):
-        "Let go of the model."
-        self.model = self.wrapped = None
-
     def probe(self, ids: list[int], adapter: str | None = None) -> torch.Tensor:  # (T,V) float32
         "Logits at all positions of a prompt, on the CPU."
         with evaluating(self.model, adapter), torch.inference_mode():

@@ -183,10 +183,9 @@ def train(
         prompter, positions = Prompter(tok, cfg.prompt), positions_of(about_model)
         data = prepare_or_read(run.encoded_path, cfg, task, prompter, shown, positions)
         base = load_model(cfg.model) if model is None else model
-        base_hash = weights_hash(base)
         student = student_of(base, cfg, model is not None).to(accelerator.device)
         try:
-            state = assemble(cfg, accelerator, student, tok, data, base_hash)
+            state = assemble(cfg, accelerator, student, tok, data, weights_hash(base))
             state.other = other_weights(cfg, tok, accelerator.device, model)
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)

@@ -42,6 +42,8 @@ from ..core.devices import device_random_state, set_device_random_state
 from ..core.files import InputError, flush
 from ..core.runs import Run
 from ..data.prompts import Prompter
+
+# %% ../../nbs/training/02_state.ipynb #h0062b
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
