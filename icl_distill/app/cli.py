@@ -272,7 +272,9 @@ def export_command(
 
     off, info = export_model(checkpoint, out, dtype, overrides or [])
     if holds_model(checkpoint):
-        print(f"{out}: {info['base_model']}, all of whose weights were trained, {info['step']} steps")
+        print(
+            f"{out}: {info['base_model']}, all of whose weights were trained, {info['step']} steps"
+        )
         return
     foreign = info.get("foreign")
     whose = "an adapter from elsewhere" if foreign else f"the adapter of step {info['step']}"
