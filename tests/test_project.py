@@ -23,11 +23,11 @@ data: contexts templates prompts alignment encoding
 objectives: targets losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
 models: vllm_engine engines
-training: batches teachers fill state step on_policy trackers setup loop answers labels
+training: batches teachers fill whole_model state step on_policy trackers setup loop answers labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures grid study study_figure
-app: estimate plan launched monitor launch widgets export preflight data_report usage serving
+app: estimate memory plan launched monitor launch widgets export preflight data_report usage serving
 app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing
 docs

@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import torch
-from helpers_training import PAD, adapter, close, equal, here, names, toy_batch
+from helpers_training import PAD, adapter, arguments, close, equal, here, names, toy_batch
+from test_guards import finish, launch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from icl_distill.app.estimate import shape_of, weight_bytes
+from icl_distill.app.estimate import shape_of
+from icl_distill.app.memory import weight_bytes
 from icl_distill.app.export import export_model
+from icl_distill.core.checkpoints import Checkpoint
 from icl_distill.core.config import ModelConfig, load_config
 from icl_distill.models.engines import open_engine
 from icl_distill.models.loading import frozen_head, load_adapter, load_model, weights_hash
@@ -157,3 +160,18 @@ def test_memory(tmp_path):
     there += sum(x.numel() * x.element_size() for x in parts)
     cfg = load_config("quickstart", [f"model.name={path}", "model.dtype=float32", NF4])
     assert weight_bytes(shape_of(model.config), cfg) == pytest.approx(there, rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder, tmp_path):
+    "Half of each batch in each: the same adapter but for rounding, from the same base."
+    pytest.importorskip("bitsandbytes")
+    over = [NF4, "steps=4", "log_every=1", "teacher.cache=disk", "lora.dropout=0"]
+    one = here(folder, tmp_path / "one", *over, "batch_size=4", "accumulation=2")
+    args = arguments(folder, tmp_path / "two", *over, "batch_size=4", "accumulation=1")
+    code, said = finish(launch("-m", "icl_distill.train", *args))
+    assert code == 0, said[-3000:]
+    two = tmp_path / "two" / "checkpoints" / one.name
+    assert Checkpoint.read(two).base_hash == Checkpoint.read(one).base_hash
+    for name, x in adapter(two).items():
+        assert_close(x, adapter(one)[name], rtol=1e-3, atol=1e-5)

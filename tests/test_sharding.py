@@ -13,7 +13,8 @@ from sharded import CASES
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from icl_distill.app.estimate import held_weights, shape_of, weight_bytes
+from icl_distill.app.estimate import shape_of
+from icl_distill.app.memory import held_weights, weight_bytes
 from icl_distill.core.config import LoraConfig, load_config
 from icl_distill.models.loading import add_lora, body_of, frozen_head, weights_hash
 from icl_distill.models.sharding import check_sharding, shard

@@ -118,6 +118,8 @@ def set_up(cfg: Config, progress: bool = True) -> Work:
         raise InputError(
             "a bake makes labels, it has no gold answers: answers.source must be teacher or agreed"
         )
+    if cfg.lora is None:
+        raise InputError("a bake makes an adapter: lora=null is for `icl-distill train`")
     task, model = load_task(cfg.task), cfg.model
     cfg = with_system(cfg, task)
     check_answers(cfg, task)

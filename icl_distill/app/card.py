@@ -135,7 +135,7 @@ def recipe(cfg: Config) -> str:
     values = config_dict(cfg)
     kept: dict[str, Any] = {"seed": cfg.seed}
     for section, keys in _RECIPE.items():
-        kept[section] = {key: values[section][key] for key in keys}
+        kept[section] = values[section] and {key: values[section][key] for key in keys}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 # %% ../../nbs/app/10_card.ipynb #cd25
@@ -195,9 +195,9 @@ def _base_words(cfg: Config) -> str:
 
 def what_it_is(cfg: Config, merged: bool) -> str:
     "Of which base model, in a sentence."
-    if merged:
-        return f"A plain model: a LoRA adapter, merged into {_base_words(cfg)}."
-    return f"A LoRA adapter for {_base_words(cfg)}."
+    how = "a LoRA adapter, merged into" if cfg.lora else "all weights trained, beginning with"
+    base = _base_words(cfg)
+    return f"A plain model: {how} {base}." if merged else f"A LoRA adapter for {base}."
 
 # %% ../../nbs/app/10_card.ipynb #cd28b
 def _what(baked: Baked, merged: bool) -> str:

@@ -266,10 +266,16 @@ def export_command(
         str | None, typer.Option(help="of the weights written; default: the run's")
     ] = None,
 ):
-    "Merge an adapter into its base model: a folder that AutoModelForCausalLM loads."
+    "A folder that AutoModelForCausalLM loads: the adapter merged, or all weights as they are."
     from icl_distill.app.export import export_model
+    from icl_distill.core.checkpoints import holds_model
 
     off, info = export_model(checkpoint, out, dtype, overrides or [])
+    if holds_model(checkpoint):
+        print(
+            f"{out}: {info['base_model']}, all of whose weights were trained, {info['step']} steps"
+        )
+        return
     foreign = info.get("foreign")
     whose = "an adapter from elsewhere" if foreign else f"the adapter of step {info['step']}"
     print(f"{out}: {info['base_model']} with {whose}; log-probabilities agree within {off:.2g}")

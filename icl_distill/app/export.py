@@ -120,32 +120,23 @@ def config_of(
         )
     return settled(load_config(None, list(overrides), "train"))
 
-# %% ../../nbs/app/07_export.ipynb #c016
-def export_model(
-    checkpoint,  # its folder
-    out,  # the folder to write; it must not exist
-    dtype: str
-    | None = None,  # of the weights written: bfloat16, float16 or float32; None: the run's
-    overrides: Sequence[str] = (),  # of the run's config, such as 'model.name=/where/it/lies/now'
-) -> tuple[float, dict]:  # largest |Δ log-probability|, the checkpoint's checkpoint.json
-    """Write base model and adapter as one plain model folder.
+# %% ../../nbs/app/07_export.ipynb #ex33
+def _whole(cfg: ModelConfig, checkpoint: Checkpoint, dtype: str | None):
+    "The model that a checkpoint of all weights is."
+    from icl_distill.models.loading import load_model
 
-    Raises `InputError` where `out` exists, the base has other weights than the run's, an adapter
-    from elsewhere comes without its base, or the merged model says something else.
-    """
+    own = dict(name=str(checkpoint.folder), revision=None, dtype=dtype or checkpoint.dtype)
+    return load_model(replace(cfg, **own))
+
+
+def _merged(cfg: ModelConfig, folder: Path, dtype: str | None, tok) -> tuple[Any, float]:
+    "The merged model, and its largest |Δ log-probability|. Raises `InputError` for a large one."
     import torch
 
-    from icl_distill.core.hub import load_tokenizer
-
-    checkpoint, out = Checkpoint.read(checkpoint), Path(out)
-    _check(out, dtype)
-    run = config_of(checkpoint, overrides)
-    cfg = run.model
-    tok = load_tokenizer(str(cfg.name), cfg.revision, cfg.trust_remote_code)
-    model = _adapted(cfg, checkpoint.folder, dtype)
+    model = _adapted(cfg, folder, dtype)
     theirs = _said(model, tok)
     if cfg.quantization:
-        model = _plain(model, checkpoint.folder, getattr(torch, dtype or cfg.dtype))
+        model = _plain(model, folder, getattr(torch, dtype or cfg.dtype))
     merged = _merge(model)
     off = (_said(merged, tok) - theirs).abs().max().item()
     if off > (1e-3 if merged.dtype == torch.float32 else 0.5):
@@ -153,6 +144,32 @@ def export_model(
             f"the merged model's log-probabilities differ by {off:.3g} from those of base and "
             "adapter; try --dtype float32"
         )
+    return merged, off
+
+# %% ../../nbs/app/07_export.ipynb #c016
+def export_model(
+    checkpoint,  # its folder
+    out,  # the folder to write; it must not exist
+    dtype: str
+    | None = None,  # of the weights written: bfloat16, float16 or float32; None: the run's
+    overrides: Sequence[str] = (),  # of the run's config, such as 'model.name=/where/it/lies/now'
+) -> tuple[float, dict]:  # largest |Δ log-probability| of a merge, the checkpoint's checkpoint.json
+    """Write base model and adapter, or a model all of whose weights were trained, as a plain one.
+
+    Raises `InputError` where `out` exists, the base has other weights than the run's, an adapter
+    from elsewhere comes without its base, or the merged model says something else.
+    """
+    from icl_distill.core.hub import load_tokenizer
+
+    checkpoint, out = Checkpoint.read(checkpoint), Path(out)
+    _check(out, dtype)
+    run = config_of(checkpoint, overrides)
+    cfg = run.model
+    tok = load_tokenizer(str(cfg.name), cfg.revision, cfg.trust_remote_code)
+    if checkpoint.whole_model:
+        merged, off = _whole(cfg, checkpoint, dtype), 0.0
+    else:
+        merged, off = _merged(cfg, checkpoint.folder, dtype, tok)
     temporary = out.with_name(out.name + ".tmp")
     merged.save_pretrained(temporary)
     make_default(tok, run.prompt)

@@ -15,14 +15,13 @@ import numpy as np
 
 from icl_distill.app.estimate import (
     Shape,
-    Tokens,
     Training,
     model_conf,
     plan_table,
     shape_of,
     step_flops,
-    step_memory,
 )
+from .memory import Tokens, step_memory
 from ..core.config import Config, ModelConfig, shipped_configs
 from ..core.files import InputError
 
@@ -165,8 +164,10 @@ def _on(row: dict, flops_each: float, held: float, cfg: Config, share: float) ->
     return dict(step_seconds=seconds, minutes=minutes, fits=fits, **row)
 
 # %% ../../nbs/app/02_plan.ipynb #p005d
-def _dtype(cfg: ModelConfig) -> str:
+def _dtype(cfg: ModelConfig, whole: bool) -> str:
     "In words."
+    if whole and cfg.dtype == "auto":
+        return "float32 (auto: all weights are trained)"
     name = "bfloat16 (auto: these accelerators have it)" if cfg.dtype == "auto" else cfg.dtype
     return f"{cfg.quantization} and {name}" if cfg.quantization else name
 
@@ -195,9 +196,9 @@ def estimate(
         model=cfg.model.name,
         shape_from=shape_from,
         params=s.params,
-        lora=s.lora(cfg.lora),
+        trained=s.trained(cfg.lora),
         mode=mode,
-        dtype=_dtype(cfg.model),
+        dtype=_dtype(cfg.model, cfg.lora is None),
         processes=processes,
         examples_per_step=n * processes,
         steps=cfg.train.steps,
@@ -221,13 +222,21 @@ _WAYS = dict(
 )
 
 
+def _trained(e: dict[str, Any]) -> str:
+    return (
+        "all of them trained"
+        if e["trained"] == e["params"]
+        else f"adapter {e['trained'] / 1e6:.1f} M"
+    )
+
+
 def _sentences(e: dict[str, Any]) -> list[str]:
     "The model, the lengths and the FLOPs of an estimate."
     tokens = ", ".join(f"{name} {mean:.0f}" for name, mean in e["tokens"].items())
     longest = ", ".join(str(n) for n in e["longest"].values())
     flops = e["flops"]
     return [
-        f"{e['model']}: {e['params'] / 1e9:.2f} B parameters, adapter {e['lora'] / 1e6:.1f} M; "
+        f"{e['model']}: {e['params'] / 1e9:.2f} B parameters, {_trained(e)}; "
         f"weights in {e['dtype']}; shape from {e['shape_from']}",
         f"lengths: {tokens} tokens on average, for memory {longest} ({e['lengths_from']})",
         f"a step, in the mean: {e['examples_per_step']} examples, "

@@ -264,13 +264,14 @@ def push(
 def push_run(
     path: Path,  # a run's folder, or that of a checkpoint in it
     to: Destination,
-    merged: bool = False,  # a plain model; or the adapter
+    merged: bool = False,  # a plain model; or the adapter, where there is one
     overrides: Sequence[str] = (),  # of the run's config, such as 'model.name=/where/it/lies/now'
     api: Any = None,  # as for `push`
 ) -> tuple[Published, str]:  # what was sent, and its address
     "Write the folder with its card, and upload it. Raises `InputError` where either fails."
     api = api or _client(to)
     run, checkpoint = chosen(path)
+    merged = merged or checkpoint.whole_model
     published = Published(run, checkpoint, config_of(checkpoint, overrides), merged)
     card = run_card(published, to.name)
     if merged:

@@ -95,8 +95,9 @@ def max_lora_rank(
     cfg: Config,  # of the run
 ) -> int | None:  # None: vLLM cannot load its adapter
     "vLLM's setting of that name."
-    r = cfg.lora.r
-    return None if r > 512 or cfg.model.quantization else max(8, 1 << (r - 1).bit_length())
+    if cfg.lora is None or cfg.lora.r > 512 or cfg.model.quantization:
+        return None
+    return max(8, 1 << (cfg.lora.r - 1).bit_length())
 
 # %% ../../nbs/app/09_usage.ipynb #us13
 @dataclass(frozen=True)

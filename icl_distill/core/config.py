@@ -39,7 +39,7 @@ from icl_distill.core.schema import (
     TrainConfig,
     config_table,
 )
-from .sections import Section, choices_of, config_dict, explain, is_section, replace
+from .sections import Section, choices_of, config_dict, explain, section_of, replace
 
 _all_ = [
     "ModelConfig",
@@ -172,8 +172,9 @@ def _is_gone(name: str, value: Any, where: str) -> bool:
 def _of_today(values: dict, where: str) -> dict:
     "A layer's values under today's names, and `off` and `no` where YAML made them false."
     out = dict(values)
-    for section, kind in Config.__annotations__.items():
-        if not is_section(kind) or not isinstance(values.get(section), dict):
+    for section, of_key in Config.__annotations__.items():
+        kind = section_of(of_key)
+        if kind is None or not isinstance(values.get(section), dict):
             continue
         out[section] = {}
         for key, value in values[section].items():
@@ -197,8 +198,8 @@ def _value(text: str, parts: list[str], where: str) -> Any:
     full = ".".join(parts)
     kind: Any = Config
     for part in RENAMED.get(full, full).split("."):
-        if is_section(kind):
-            field = kind.model_fields.get(part)
+        if section := section_of(kind):
+            field = section.model_fields.get(part)
             kind = field and field.annotation
         else:
             kind = (get_args(kind) or (None,))[-1]

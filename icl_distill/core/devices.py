@@ -207,9 +207,10 @@ def machine_of(
     import torch
 
     device, why = choose_device(cfg.device)
-    if kept and cfg.model.dtype == "auto":
-        return Machine(device, why, *kept, torch.get_num_threads())
-    return Machine(device, why, *choose_dtype(cfg.model.dtype, device), torch.get_num_threads())
+    dtype = choose_dtype(cfg.model.dtype, device)
+    if cfg.model.dtype == "auto" and (kept or cfg.lora is None):
+        dtype = kept or ("float32", "all weights are trained")
+    return Machine(device, why, *dtype, torch.get_num_threads())
 
 # %% ../../nbs/core/07_devices.ipynb #dev025
 def settled(cfg: Config, kept: tuple[str, str] | None = None) -> Config:

@@ -102,7 +102,7 @@ class ModelConfig(Section):
 
 # %% ../../nbs/core/03_inputs.ipynb #sc009
 class LoraConfig(Section):
-    "The student's adapter."
+    "The student's adapter. With `lora: null` there is none, and all weights are trained."
 
     r: PositiveInt = setting(16, "rank")
     alpha: Positive = setting(32.0, "the update is scaled by alpha/r")

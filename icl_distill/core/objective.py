@@ -43,10 +43,10 @@ class TeacherConfig(Section):
     )
     revision: Text | None = setting(None, "with teacher.model: branch, tag or commit")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "with teacher.model: of its weights"
+        "auto", "with teacher.model or lora=null: of its weights"
     )
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = setting(
-        "auto", "with teacher.model: where it runs; auto: where the student does"
+        "auto", "with teacher.model or lora=null: where it runs; auto: where the student does"
     )
     keep: Literal["topk", "hidden"] = setting(
         "topk", "its top-K logits; or its last hidden state, for a loss over the whole vocabulary"
@@ -72,14 +72,6 @@ class TeacherConfig(Section):
             revision=self.revision,
             dtype=self.dtype,
         )
-
-    @model_validator(mode="after")
-    def _there_is_another_model(self):
-        told = ("revision", self.revision), ("dtype", self.dtype), ("device", self.device)
-        for key, value in told:
-            if self.model is None and value not in (None, "auto"):
-                raise disagree(f"teacher.{key}={value} is of teacher.model, which is not given")
-        return self
 
 # %% ../../nbs/core/03_objective.ipynb #sc018
 class LossConfig(Section):

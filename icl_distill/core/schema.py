@@ -33,9 +33,9 @@ from icl_distill.core.sections import (
     Switch,
     Text,
     disagree,
-    is_section,
     replace,
     section_name,
+    section_of,
     setting,
     words_of,
 )
@@ -121,12 +121,41 @@ class EvaluateConfig(Section):
     shard: Shard | None = setting(None, "i/n: only the i-th of n parts; records merge by item")
     output: Text | None = setting(None, "the results file; default: in the run's folder")
 
+# %% ../../nbs/core/03_schema.ipynb #sc024b
+def check_weights(cfg: Any):  # a `Config`
+    "Raises where the weights cannot be trained as the other keys say."
+    quantised, whole = cfg.model.quantization, cfg.lora is None
+    if quantised and cfg.train.compile:
+        raise disagree(
+            f"model.quantization={quantised} has not been tried with "
+            "train.compile=true: switch one of them off"
+        )
+    if quantised and whole:
+        raise disagree(
+            f"lora=null trains all weights, and those of model.quantization={quantised} cannot be: "
+            "leave one of them out"
+        )
+    if whole and cfg.answers.source == "agreed":
+        raise disagree(
+            "answers.source is 'agreed', whose second labeller is an adapter beside the model: "
+            "not with lora=null; choose gold or teacher"
+        )
+
+# %% ../../nbs/core/03_schema.ipynb #sc024c
+def check_teacher(cfg: Any):  # a `Config`
+    "Raises for keys of a teacher with weights of its own where it has none."
+    told = dict(revision=cfg.teacher.revision, dtype=cfg.teacher.dtype, device=cfg.teacher.device)
+    for key, value in told.items():
+        own = cfg.teacher.model or (cfg.lora is None and key != "revision")
+        if value not in (None, "auto") and not own:
+            raise disagree(f"teacher.{key}={value} is of teacher.model, which is not given")
+
 # %% ../../nbs/core/03_schema.ipynb #sc025
 class Config(Section):
     "A run."
 
     model: ModelConfig = Field(default_factory=ModelConfig)
-    lora: LoraConfig = Field(default_factory=LoraConfig)
+    lora: LoraConfig | None = Field(default_factory=LoraConfig)  # None: all weights are trained
     task: TaskConfig = Field(default_factory=TaskConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     context: ContextConfig = Field(default_factory=ContextConfig)
@@ -145,6 +174,14 @@ class Config(Section):
         "Is there a term that compares with a teacher?"
         return self.loss.weight > 0 or self.hidden.weight > 0
 
+    @property
+    def teacher_model(self) -> ModelConfig | None:
+        "Of a teacher that has weights of its own; None: they are the student's base."
+        if self.teacher.model or self.lora:
+            return self.teacher.other(self.model)
+        dtype = self.model.dtype if self.teacher.dtype == "auto" else self.teacher.dtype
+        return replace(self.model, dtype=dtype)
+
     def without_teacher(self) -> "Config":
         "The same by plain SFT."
         loss = replace(self.loss, weight=0.0, ce=1.0)
@@ -159,12 +196,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _quantised_layers_run_as_they_are(self):
-        if self.model.quantization and self.train.compile:
-            raise disagree(
-                f"model.quantization={self.model.quantization} has not been tried with "
-                "train.compile=true: switch one of them off"
-            )
+    def _these_weights_can_be_trained_and_taught(self):
+        check_weights(self)
+        check_teacher(self)
         return self
 
     @model_validator(mode="after")
@@ -173,6 +207,7 @@ class Config(Section):
         enough = self.teacher.keep == "hidden" and self.hidden.last_alone
         kept = {
             "teacher.model": self.teacher.model is not None,
+            "lora=null": self.lora is None,
             "teacher.cache": cached and not enough,
             "train.gradient_checkpointing": self.train.gradient_checkpointing,
             "train.compile": self.train.compile,
@@ -232,8 +267,8 @@ def config_table(model: type[Section] = Config) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, field in model.model_fields.items():
         kind = model.__annotations__[name]
-        if is_section(kind):
-            rows += config_table(kind)
+        if section := section_of(kind):
+            rows += config_table(section)
         else:
             full = f"{section_name(model)}.{name}".removeprefix(".")
             row = {"key": full, "type": words_of(kind), "default": field.default}

@@ -86,8 +86,10 @@ class Section(BaseModel):
             raise InputError(explain(error, type(self), {name: value}, "config")) from e
 
 # %% ../../nbs/core/02_sections.ipynb #se012
-def is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
+def section_of(kind: Any) -> type[Section] | None:  # None: it is none
+    "The section that a type stands for, also where it may be null."
+    kinds = (kind, *get_args(kind))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
 
 # %% ../../nbs/core/02_sections.ipynb #se012b
 def setting(default: Any, meaning: str) -> Any:
@@ -123,16 +125,19 @@ def explain(error: Any, model: type[Section], values: Any, where: str) -> str:
     "A sentence for one of pydantic's errors: where, key, value, and what it must be."
     if error["type"] == "disagree":
         return f"config: {error['msg']}"
-    kind, name, value = model, section_name(model), values
+    kind: Any = model
+    name, value = section_name(model), values
     for part in error["loc"]:
-        if not is_section(kind):
+        section = section_of(kind)
+        if section is None:
             break
         name = f"{name}.{part}" if name else str(part)
-        if part not in kind.model_fields:
-            return _unknown(part, kind, name, where)
-        kind, value = kind.__annotations__[part], value[part]
-    if is_section(kind):
-        return f"{where}: {name!r} is a section; expected keys and values, found {value!r}"
+        if part not in section.model_fields:
+            return _unknown(part, section, name, where)
+        kind, value = section.__annotations__[part], value[part]
+    if section_of(kind):
+        expected = "keys and values" + (", or null" if type(None) in get_args(kind) else "")
+        return f"{where}: {name!r} is a section; expected {expected}, found {value!r}"
     close = difflib.get_close_matches(str(value), choices_of(kind), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{where}: {name!r} is {value!r}; it must be {words_of(kind)}{hint}"

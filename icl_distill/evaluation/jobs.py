@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..core.config import Config
+from ..core.checkpoints import holds_model
+from ..core.config import Config, replace
 from ..core.devices import choose_device
 from ..core.files import InputError
 from ..core.pace import Pace, say_estimate
@@ -30,6 +32,7 @@ from ..models.decoding import Sampling
 from ..models.engines import check_applied, open_engine
 from ..models.generation import TransformersEngine
 from ..models.loading import weights_hash
+from ..models.vllm_engine import VLLMEngine
 from ..training.on_policy import answer_seed
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #j004
@@ -89,9 +92,16 @@ class Job:
         return ", ".join([*parts, "drawn"] if self.seeds else parts)
 
     @property
+    def own_model(self) -> str | None:
+        "The folder of a checkpoint with all weights; None: the base, perhaps with an adapter."
+        folder = self.cond.checkpoint
+        return folder if folder and holds_model(Path(folder)) else None
+
+    @property
     def adapter(self) -> str | None:
-        "The adapter's name in the engine; None: the base model."
-        return re.sub(r"\W", "_", self.cond.name) if self.cond.checkpoint else None
+        "The adapter's name in the engine; None: a model as it is."
+        adapted = self.cond.checkpoint and not self.own_model
+        return re.sub(r"\W", "_", self.cond.name) if adapted else None
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #c037d
 def _drawn(setup: Setup, greedy: Job) -> Job:
@@ -141,27 +151,34 @@ def plan(
 @contextmanager
 def engine_for(
     setup: Setup,
-    jobs: list[Job],  # whose adapters are needed
+    jobs: list[Job],  # of one model, whose adapters are needed
     given: Any = None,  # an engine, used and handed back as it was
 ) -> Iterator[Any]:
     "The engine that answers the jobs."
-    adapters = {}
+    adapters, own_model = {}, jobs[0].own_model
     for job in jobs:
         if job.adapter and job.cond.checkpoint and job.left:
             adapters[job.adapter] = job.cond.checkpoint
-    if isinstance(given, TransformersEngine):
+    if own_model is None and isinstance(given, TransformersEngine):
         try:
             if adapters:
                 given.attach(adapters, weights_hash(given.model))
             yield given
         finally:
             given.detach()
-    elif given is not None:
+    elif own_model is None and given is not None:
         yield given
     else:
         cfg, prompter = setup.cfg, setup.prompter
+        if own_model:
+            cfg = replace(cfg, model=replace(cfg.model, name=own_model, revision=None))
         longest = max(len(p) for job in jobs for p in job.prompts) + cfg.evaluate.max_new_tokens
-        yield open_engine(cfg, prompter.tok, prompter.stop_ids, adapters, longest)
+        engine = open_engine(cfg, prompter.tok, prompter.stop_ids, adapters, longest)
+        try:
+            yield engine
+        finally:
+            if isinstance(engine, VLLMEngine):
+                engine.close()
 
 # %% ../../nbs/evaluation/09_jobs.ipynb #c039
 class RunningAccuracy:
@@ -239,11 +256,16 @@ def run_jobs(
     engine: Any = None,  # as for `engine_for`
     progress: bool = True,  # a bar over all jobs
 ):
-    "Answer what is left of all jobs. The model is loaded only where something is."
-    if not any(job.left for job in jobs):
+    "Answer what is left of all jobs, model by model. Each is loaded only where something is."
+    by_model: dict[str | None, list[Job]] = {}
+    for job in jobs:
+        by_model.setdefault(job.own_model, []).append(job)
+    left = [own for own in by_model.values() if any(job.left for job in own)]
+    if not left:
         return
-    with engine_for(setup, jobs, engine) as opened:
-        shown = Progress(setup, jobs, progress)
-        with shown.bar:
-            for job in jobs:
-                run_job(setup, job, opened, shown)
+    shown = Progress(setup, jobs, progress)
+    with shown.bar:
+        for own in left:
+            with engine_for(setup, own, engine) as opened:
+                for job in own:
+                    run_job(setup, job, opened, shown)

@@ -289,6 +289,8 @@ def load_adapter(
 
     ours = str(base_of(model).dtype).removeprefix("torch.")
     checkpoint = Checkpoint.read(folder)
+    if checkpoint.whole_model:
+        raise InputError(f"{str(folder)!r} is a whole model, no adapter: name it in model.name")
     if base_hash and checkpoint.dtype in (None, ours):
         checkpoint.check_base(base_hash)
     if hasattr(model, "peft_config"):

@@ -22,6 +22,7 @@ from .taps import layers_of
 
 # %% ../../nbs/models/02_sharding.ipynb #sh004
 _NOT_DIVIDED = {
+    "lora": "all weights are trained, and none is frozen",
     "model.quantization": "a four-bit layer's scales stand beside its weight, where FSDP would "
     "leave them behind",
     "train.compile": "a compiled model gathers them otherwise, which has not been tried",
@@ -38,6 +39,7 @@ def check_sharding(
     if not cfg.train.shard:
         return
     asked = {
+        "lora": cfg.lora is None and "null",
         "model.quantization": cfg.model.quantization,
         "train.compile": cfg.train.compile,
         "teacher.device": cfg.teacher.device != "auto" and cfg.teacher.device,

@@ -171,12 +171,14 @@ class Teacher:
         prefixes: dict[str, list[int]] | None = None,  # of shared contexts: key -> token ids
         options: TeacherOptions = TeacherOptions(),
     ):
-        self.model, self.head, self.pad_id, self.top_k = model, head, pad_id, top_k
+        self.model: Any = model
+        self.head: Any = head
+        self.pad_id, self.top_k = pad_id, top_k
         self.prefixes = prefixes or {}
         self.options, self.cache = options, options.cache
         self.prefix_cache = PrefixCache(model, options.prefix_bytes)
         self.params = [p for name, p in model.named_parameters() if "lora_" not in name]
-        self.version = self._version()
+        self.version, self.device = self._version(), self.params[0].device
         self.stats = dict(prefixes_read=0, computed=0, remembered=0)
         self.window = window_of(base_of(model).config)
 
@@ -192,10 +194,11 @@ class Teacher:
         for group in groups:
             self._compute(self.cache, group, found)
         self._wait(passes - len(groups))
-        return Kept.cat([found[key].to(self.params[0].device) for key in keys])
+        return Kept.cat([found[key].to(self.device) for key in keys])
 
     def online(self, batch: list[Aligned]) -> Targets | HiddenTargets:
         "Targets computed now. Raises `InputError` where cached ones are no longer the model's."
+        assert self.model is not None, "all targets were cached when it was released"
         self._check_weights()
         self._read_in_step()
         self.stats["computed"] += len(batch)
@@ -212,6 +215,16 @@ class Teacher:
         "Counts; bytes of the prefixes on the device, and of the targets that were cached."
         cached = self.cache.bytes if self.cache else 0
         return self.stats | dict(kv_bytes=self.prefix_cache.bytes, remembered_bytes=cached)
+
+    def knows(self, examples: list[Aligned]) -> bool:
+        "Are the targets of all of them cached?"
+        return self.cache is not None and all(map(self.cache.holds, examples))
+
+    def release(self):
+        "Let go of the model: from now on there are the cached targets."
+        self.model = self.head = self.prefix_cache.model = None
+        self.params.clear()
+        self.prefix_cache.kept.clear()
 
     def _missing(self, cache: CachedTargets, batch: list[Aligned], found: dict) -> list:
         "The batches to be computed for the targets that are not in `found`."

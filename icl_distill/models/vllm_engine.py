@@ -103,6 +103,10 @@ class VLLMEngine:
         for i, out in self.answer(prompts, names, sampling, **stop):
             yield i, completion(self.tok, list(out.outputs[0].token_ids), self.stop_ids)
 
+    def close(self):
+        "Give the memory back: another model may follow in this process."
+        self.llm.llm_engine.engine_core.shutdown()
+
     def probe(self, ids: list[int], adapter: str | None = None) -> torch.Tensor:  # (20,) float32
         "Log-probabilities of the twenty likeliest next tokens."
         ((_, out),) = self.answer([ids], [adapter], max_tokens=1, logprobs=20)

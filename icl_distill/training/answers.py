@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..core.checkpoints import Checkpoint
-from ..core.config import AnswersConfig, Config, config_dict, replace
+from ..core.config import AnswersConfig, Config, LoraConfig, config_dict, replace
 from ..core.files import InputError, digest
 from ..core.hub import tokenizer_hash
 from ..core.record_lines import AnswerLine, RecordsFile
@@ -59,11 +59,11 @@ def drawing(
 # %% ../../nbs/training/05_answers.ipynb #an10
 def labeller_config(cfg: Config) -> Config:
     "Of the second labeller's training: SFT on the shots."
-    steps = cfg.answers.labeller_steps
+    steps, lora = cfg.answers.labeller_steps, cfg.lora or LoraConfig()
     return replace(
         cfg.without_teacher(),
         run=str(Run(cfg.run).labeller_path),
-        lora=replace(cfg.lora, init_from=None),
+        lora=replace(lora, init_from=None),
         answers=AnswersConfig(),
         context=replace(cfg.context, kind="none"),
         train=replace(cfg.train, steps=steps, save_every=steps, save_total_limit=None),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..core.config import Config
+from ..core.config import Config, replace
 from ..core.devices import machine_of, settled
 from ..core.files import InputError
 from ..core.hub import load_tokenizer
@@ -119,6 +119,9 @@ def fill_targets(
     "Compute the targets that are not on disk yet. Raises `InputError` as `train` does."
     _check(cfg)
     cfg = settled(cfg)
+    copied = cfg.teacher_model
+    if copied and not cfg.teacher.model:  # of the student's base: here there is no other
+        cfg = replace(cfg, model=copied)
     task = task or load_task(cfg.task)
     cfg = with_system(cfg, task)
     tok = tok or load_tokenizer(cfg.model.name, cfg.model.revision, cfg.model.trust_remote_code)
@@ -126,7 +129,7 @@ def fill_targets(
     positions = positions_of(base_of(model).config)
     data = prepare(cfg, task, Prompter(tok, cfg.prompt), how.progress, positions)
     head = frozen_head(model) or trained_head(model)
-    weights = other_weights(cfg, tok, machine_of(cfg).device)
+    weights = other_weights(cfg, tok, machine_of(cfg).device) if cfg.teacher.model else None
     if weights:
         _, weights = on_common_vocabulary(head, weights, tok)
     else:

@@ -30,7 +30,15 @@ from icl_distill.models.loading import (
 from ..models.taps import remove_taps
 from ..objectives.losses import SUMS, loss_metrics
 from .batches import micro_batches, prepare_or_read
-from .setup import accelerator_of, adapted_model, assemble, begin, check, settle
+from icl_distill.training.setup import (
+    accelerator_of,
+    adapted_model,
+    assemble,
+    begin,
+    check,
+    release_teacher,
+    settle,
+)
 from .state import TrainState, save_checkpoint
 from icl_distill.training.step import (
     Stop,
@@ -40,6 +48,7 @@ from icl_distill.training.step import (
     loss_at,
     lr_factor,
 )
+from .teachers import other_weights
 
 # %% ../../nbs/training/04_loop.ipynb #c039
 def log(
@@ -140,6 +149,8 @@ def _loop(state: TrainState, shown: bool):
             if state.step % t.log_every == 0 or at_the_end:
                 progress.show(log(state, norm))
             progress.tick()
+            if state.step * state.batch_size % len(state.data.aligned) < state.batch_size:
+                release_teacher(state)  # an epoch has ended
             stopping = stop.anywhere(state.learner.accelerator)
             if state.step % t.save_every == 0 or at_the_end or stopping:
                 _save(state)
@@ -154,7 +165,7 @@ def train(
     task: Task | None = None,  # likewise
     progress: bool = True,  # a progress bar
 ) -> Path:  # the newest checkpoint
-    """Train an adapter, or go on with it. A base model that was given is as before afterwards.
+    """Train an adapter or all weights, or go on. A model that was given is as before afterwards.
 
     Raises `InputError` for input that cannot be used; whatever was saved stays.
     """
@@ -174,12 +185,14 @@ def train(
         adapted, base_hash = adapted_model(cfg, accelerator.device, model)
         try:
             state = assemble(cfg, accelerator, adapted, tok, data, base_hash)
+            state.other = other_weights(cfg, tok, accelerator.device, model)
             begin(state, done[-1].folder if done else None)
             _loop(state, shown)
         finally:
             working_on()
             remove_taps(body_of(adapted))
-            adapted.unload()
+            if cfg.lora:
+                adapted.unload()
     if cfg.train.tracker:
         accelerator.end_training()
     assert state.checkpoint is not None, "the last step is always saved"

@@ -110,7 +110,8 @@ class OwnAnswers:
             seeds = [answer_seed(cfg.seed, step, a.id) for step, a in asked]
             sampling = Sampling(temperature, seeds)
         limit = cfg.evaluate.max_new_tokens
-        said = dict(self.engine.generate(prompts, "default", limit, sampling=sampling))
+        adapter = "default" if cfg.lora else None
+        said = dict(self.engine.generate(prompts, adapter, limit, sampling=sampling))
         # which token ended it is all one: what stands behind it is never read
         ids = {i: c.ids if c.truncated else [*c.ids, self.end] for i, c in said.items()}
         return {

@@ -42,11 +42,14 @@ from ..core.devices import device_random_state, set_device_random_state
 from ..core.files import InputError, flush
 from ..core.runs import Run
 from ..data.prompts import Prompter
+
+# %% ../../nbs/training/02_state.ipynb #h0062b
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
 from .batches import Data
 from .teachers import TeacherWeights
+from .whole_model import read_weights
 
 # %% ../../nbs/training/02_state.ipynb #s004
 @dataclass
@@ -72,10 +75,10 @@ class TrainState:
     data: Data
     tokenizer: Any
     base_hash: str  # of the frozen weights
-    model: Any  # the `PeftModel`: the student without a wrapper
+    model: Any  # the `PeftModel` (or plain model): the student without a wrapper
     learner: Learner
-    optimizer: torch.optim.Optimizer  # of the adapter's weights
-    other: TeacherWeights | None = None  # the teacher's, where it is another model
+    optimizer: torch.optim.Optimizer  # of the weights that are trained
+    other: TeacherWeights | None = None  # the teacher's, where they are its own
     step: int = 0  # optimiser steps that are done
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(len(SUMS)))  # not yet logged
     own: Any = None  # `OwnAnswers`, where the student learns from its own
@@ -132,7 +135,7 @@ def set_random_state(
 
 # %% ../../nbs/training/02_state.ipynb #s015a
 def _write_shared(state: TrainState, folder: Path):
-    "What all processes have in common: adapter, tokenizer, config, optimiser."
+    "What all processes have in common: adapter or all weights, tokenizer, config, optimiser."
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     state.model.save_pretrained(folder)
@@ -260,7 +263,7 @@ def _tensors(path: Path) -> dict:
 
 # %% ../../nbs/training/02_state.ipynb #s028
 def load_checkpoint(state: TrainState, folder: Path):
-    """Go back to a checkpoint: adapter, optimiser, random states, step and sums.
+    """Go back to a checkpoint: adapter (or all weights), optimiser, random states, step and sums.
 
     Raises `InputError` where it was made with another config, other examples or other weights.
     """
@@ -271,7 +274,10 @@ def load_checkpoint(state: TrainState, folder: Path):
     _check_same_run(checkpoint, state)
     shared = _tensors(folder / STATE_FILE)
     mine = _tensors(folder / process_file(state.learner.accelerator.process_index))
-    set_peft_model_state_dict(state.model, load_file(folder / ADAPTER_WEIGHTS))
+    if checkpoint.whole_model:
+        read_weights(state.model, folder, state.config.model)
+    else:
+        set_peft_model_state_dict(state.model, load_file(folder / ADAPTER_WEIGHTS))
     state.optimizer.load_state_dict(shared["optimizer"])
     set_random_state(mine["random"])
     state.step, state.checkpoint = checkpoint.step, folder

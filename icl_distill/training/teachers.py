@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ..core.config import Config
-from ..core.config import replace as changed
+from ..core.config import Config, ModelConfig
 from ..core.devices import choose_device, settled
 from ..core.files import InputError
 from ..core.hub import check_same_tokenizer, load_tokenizer
@@ -84,28 +83,46 @@ def teacher_of(
     return Teacher(weights.model, weights.head, pad_id, cfg.teacher.kept_k, data.prefixes, options)
 
 # %% ../../nbs/training/01_teachers.ipynb #th13
+def _in_dtype(model, dtype: str):
+    "A model that was given. Raises `InputError` where it is of another dtype."
+    if (own := str(model.dtype).removeprefix("torch.")) != dtype:
+        raise InputError(f"teacher.dtype is {dtype}, but the model that was given is in {own}")
+    return model.requires_grad_(False).eval()
+
+
+def _loaded(wanted: ModelConfig, given, in_shards: bool) -> tuple[Any, str]:
+    "The model, and the hash of its weights; they are hashed before they are divided."
+    if in_shards:
+        return load_in_first(wanted)
+    model = load_model(wanted) if given is None else _in_dtype(given, wanted.dtype)
+    return model, weights_hash(model)
+
+
 def other_weights(
     cfg: Config,  # the run
     tok,  # the student's tokenizer
     device,  # the student's
+    given=None,  # the student's base, where it was given and all weights of a copy are trained
 ) -> TeacherWeights | None:  # None: the teacher is the student's base
-    "Those of `teacher.model`. Raises `InputError` where it cannot teach this student."
-    wanted = cfg.teacher.other(cfg.model)
+    "Of `teacher.model`, or a second copy. Raises `InputError` where it cannot teach this student."
+    wanted = cfg.teacher_model
     if wanted is None or not cfg.has_teacher:
         return None
-    check_same_tokenizer(tok, load_tokenizer(wanted.name, wanted.revision), wanted.name)
     if cfg.teacher.device != "auto":
         device = torch.device(choose_device(cfg.teacher.device)[0])
     kind = torch.device(device).type
-    wanted = settled(changed(cfg, model=wanted, device=kind)).model
-    model, known = load_in_first(wanted) if cfg.train.shard else (load_model(wanted), "")
+    wanted = settled(Config(model=wanted, device=kind)).model
+    if cfg.teacher.model:
+        check_same_tokenizer(tok, load_tokenizer(wanted.name, wanted.revision), wanted.name)
+        given = None
+    model, known = _loaded(wanted, given, cfg.train.shard)
     count = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     say(
-        f"teacher: {wanted.name}, {count / 1e6:.0f} M parameters in {wanted.dtype} on {kind}, "
+        f"teacher: {'' if cfg.teacher.model else 'a frozen second copy of '}{wanted.name}, "
+        f"{count / 1e6:.0f} M parameters in {wanted.dtype} on {kind}, "
         f"{size:.2f} GiB beside the student's"
     )
-    known = known or weights_hash(model)
     model = shard(model, device) if cfg.train.shard else model.to(device)
     head = frozen_head(model)
     assert head is not None, "nothing of it is trained"
