@@ -5,9 +5,11 @@ import itertools
 import json
 import shutil
 import string
+from functools import cache
 
 import peft
 import pytest
+import shapes
 import tokenizers
 import torch
 import transformers
@@ -376,6 +378,66 @@ def test_every_shape_of_template_trains_with_shots_and_system_text(name):
         assert places == sorted(places) and bool(context.text) == ("rief." in read)
         assert p.prompt_ids(context, "Why?") == al.teacher_ids[: -al.n_answer]
     assert p.stop_ids[0] == al.answer_ids[-1]
+
+
+@cache
+def with_all_tokens():
+    "A tokenizer that knows the tokens of all shapes."
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.add_tokens(shapes.TOKENS, special_tokens=True)
+    return tok
+
+
+def asked_and_answered(shape, system, thinking):
+    "The prompt after two shots, and the answer's tokens as text."
+    tok = with_all_tokens()
+    tok.chat_template, tok.eos_token = shape.template, shape.end
+    ends = "eos" if shape.eos else "template"
+    cfg = PromptConfig(system=system, enable_thinking=thinking, answer_end=ends)
+    p = Prompter(tok, cfg)
+    al = align(p, Context(SHOTS), Example("e", "Why?", "Because."))
+    assert p.stop_ids[0] == al.answer_ids[-1]
+    assert p.prompt_ids(Context(), "Why?") == al.student_ids[: -al.n_answer]
+    return tok.decode(al.teacher_ids[: -al.n_answer]), tok.decode(al.answer_ids)
+
+
+@pytest.mark.parametrize("name", [n for n in shapes.SHAPES if not shapes.SHAPES[n].refused])
+def test_public_templates_train_in_all_settings(name):
+    "With and without system text; where a thought is wanted they are asked, or trained too."
+    shape = shapes.SHAPES[name]
+    for system, thinking in itertools.product((None, "Be brief."), (False, True)):
+        try:
+            read, said = asked_and_answered(shape, system, thinking)
+        except InputError as error:  # the thought is the model's to write
+            assert thinking and "prompt.enable_thinking=false" in str(error)
+            p = Prompter(with_all_tokens(), PromptConfig(system=system, enable_thinking=True))
+            read, said = p.tok.decode(p.prompt_ids(Context(SHOTS), "Why?")), None
+        places = [read.index(x) for x in (system or "", "1 + 1?", "2 + 3?", "Why?")]
+        assert places == sorted(places)
+        if said is not None:
+            assert said.strip().removeprefix("Because.").strip() == shape.end
+            assert not read.endswith(("<think>", "<think>\n"))
+
+
+def test_few_public_templates_are_refused_and_say_why():
+    refused = {name: shape for name, shape in shapes.SHAPES.items() if shape.refused}
+    assert len(shapes.SHAPES) + len(SHAPES) >= 56 and len(refused) <= 6
+    for shape in refused.values():
+        with pytest.raises(InputError, match=shape.refused) as error:
+            asked_and_answered(shape, None, False)
+        assert "\n" not in str(error.value)
+
+
+def test_an_answer_without_an_end_gets_the_end_of_text_where_asked():
+    falcon = shapes.SHAPES["Falcon"]
+    tok = with_all_tokens()
+    tok.chat_template, tok.eos_token = falcon.template, falcon.end
+    with pytest.raises(InputError, match="prompt.answer_end=eos"):
+        Prompter(tok, PromptConfig()).answer_ids(Context(), "Why?", "Because.")
+    ended = Prompter(tok, PromptConfig(answer_end="eos"))
+    assert tok.decode(ended.answer_ids(Context(), "Why?", "Because.")) == " Because.<|endoftext|>"
+    glm = chat(SHAPES["GLM-4"][0], special=SHAPES["GLM-4"][1], answer_end="eos")
+    assert glm.answer_ids(Context(), "Why?", "Because.")[-1] == glm.tok.eos_token_id
 
 
 def test_what_was_done_about_a_template_is_said():

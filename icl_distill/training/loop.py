@@ -42,6 +42,7 @@ from icl_distill.training.step import (
     explain_out_of_memory,
     lr_factor,
 )
+from .trackers import end_tracker
 
 # %% ../../nbs/training/04_loop.ipynb #c039
 def log(
@@ -183,7 +184,6 @@ def train(
             working_on()
             remove_taps(body_of(base))
             adapted.unload()
-    if cfg.train.tracker:
-        accelerator.end_training()
+            end_tracker(accelerator)
     assert state.checkpoint is not None, "the last step is always saved"
     return state.checkpoint

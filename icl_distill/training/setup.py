@@ -44,6 +44,14 @@ def check(cfg: Config):
     check_tracker(cfg.train.tracker)
 
 # %% ../../nbs/training/04_setup.ipynb #su007
+def _another_autocast(wanted: str):
+    "accelerate keeps the first autocast of a process; another training may want another."
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, wanted):
+        AcceleratorState._reset_state()  # not the processes, which stay as they are
+
+
 def accelerator_of(cfg: Config):
     "Raises `InputError` where this process cannot train as the config says."
     from accelerate import Accelerator
@@ -51,6 +59,7 @@ def accelerator_of(cfg: Config):
 
     device, tracker = machine_of(cfg).device, cfg.train.tracker
     late = timedelta(seconds=cfg.train.timeout + 60)  # who ends together has ended before
+    _another_autocast(cfg.train.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=cfg.train.mixed_precision,
         log_with=tracker,
