@@ -9,6 +9,7 @@ __all__ = ['ASKED_ALIKE', 'Condition', 'base_condition', 'find_conditions', 'che
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..core.checkpoints import Checkpoint, find_checkpoints
 from ..core.config import Config, ModelConfig, config_dict, replace
@@ -87,7 +88,7 @@ ASKED_ALIKE = ("template", "system", "question_format", "enable_thinking")
 @lru_cache(1)
 def _hash_of(name: str, revision: str | None, dtype: str, trust: bool) -> str:
     "Of a model's weights, which takes as long as reading them."
-    how = dict(revision=revision, dtype=dtype, trust_remote_code=trust)
+    how: Any = dict(revision=revision, dtype=dtype, trust_remote_code=trust)
     return weights_hash(load_model(ModelConfig(name=name, **how)))
 
 
