@@ -36,12 +36,19 @@ from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task, split_dev
-from icl_distill.evaluation.conditions import Condition
-from icl_distill.evaluation.evaluate import evaluate
+from icl_distill.evaluation.conditions import Condition, check_checkpoint
+from icl_distill.evaluation.evaluate import config_for_evaluation, evaluate
 from icl_distill.evaluation.records import identity
 from icl_distill.models.generation import TransformersEngine
-from icl_distill.models.loading import add_lora, frozen_head, load_model
-from icl_distill.testing import SIZES, answering_folder, real_tokenizer, tiny_folder
+from icl_distill.models.loading import (
+    add_lora,
+    frozen_head,
+    load_adapter,
+    load_model,
+    weights_hash,
+)
+from icl_distill.testing import SIZES, answering_folder, fake_run, real_tokenizer, tiny_folder
+from icl_distill.training.loop import train
 from icl_distill.training.state import other_run
 
 # --- the same question
@@ -624,6 +631,43 @@ def test_an_adapter_from_elsewhere_is_evaluated_and_marked(elsewhere, tmp_path, 
     assert "from elsewhere" in capsys.readouterr().err
     records = tmp_path / "r" / "evaluation" / "records" / "step_100.jsonl"
     assert json.loads(records.read_text().splitlines()[0])["identity"]["foreign"] is True
+
+
+def test_the_text_model_of_llama_4_is_trained_asked_and_exported(tmp_path):
+    text = SIZES | dict(intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=64)
+    text["vocab_size"] = len(real_tokenizer())
+    vision = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, image_size=28)
+    vision |= dict(num_attention_heads=2, patch_size=14, vision_output_dim=32)
+    vision |= dict(projector_input_dim=32, projector_output_dim=32)
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    transformers.Llama4ForConditionalGeneration(config).float().save_pretrained(tmp_path / "base")
+    real_tokenizer().save_pretrained(tmp_path / "base")
+    few = ["task.n_train=12", "task.n_dev=2", "task.n_test=2", "context.n_shots=2", "lr=0.05"]
+    few += ["steps=1", "batch_size=2", "accumulation=1", "warmup_steps=0", f"run={tmp_path / 'r'}"]
+    few += ["model.dtype=float32", "lora.target_modules=[q_proj,v_proj]"]
+    saved = train(load_config("quickstart", [f"model.name={tmp_path / 'base'}", *few], "train"))
+    asked = config_for_evaluation(str(tmp_path / "r"), ["max_new_tokens=2"])
+    assert list(evaluate(asked, progress=False).conditions) == ["step_1"]
+    export_model(tmp_path / "r", tmp_path / "out")
+    ids = torch.arange(5, 25)[None]
+    base = load_model(ModelConfig(name=str(tmp_path / "base"), dtype="float32"))
+    assert type(base) is transformers.Llama4ForCausalLM
+    want = load_adapter(base, saved)(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(merged(input_ids=ids).logits, want, atol=1e-4)
+
+
+def test_vllm_takes_a_base_that_was_moved_by_its_weights(tmp_path):
+    moved, other = tiny_folder(tmp_path / "moved"), tiny_folder(tmp_path / "other", seed=1)
+    own = weights_hash(load_model(ModelConfig(name=str(moved), dtype="float32")))
+    about = dict(base_model="/where/it/was", base_hash=own, dtype="float32")
+    run = fake_run(tmp_path / "run", (1, 2), **about)
+    cfg = load_config("quickstart", [f"model.name={moved}", "model.dtype=float32"])
+    for checkpoint in run.checkpoints():
+        assert check_checkpoint(cfg, str(checkpoint.folder), "vllm").step == checkpoint.step
+    cfg = replace(cfg, model=replace(cfg.model, name=str(other)))
+    with pytest.raises(InputError, match="was trained on '/where/it/was' with weights"):
+        check_checkpoint(cfg, str(run.checkpoint_path(1)), "vllm")
 
 
 def test_a_base_model_may_lie_elsewhere():

@@ -216,7 +216,7 @@ def test_the_checkpoint_is_devs_choice_or_the_newest(uninterrupted):
 
 
 def test_what_is_no_run_is_said(tmp_path):
-    with raises("no whole checkpoint", tmp_path):
+    with raises("neither a checkpoint nor a run", tmp_path):
         push_run(tmp_path, Destination("me/sums"), api=Hub())
     run = fake_run(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
@@ -226,6 +226,14 @@ def test_what_is_no_run_is_said(tmp_path):
     assert chosen(run.path)[1].step == 10
     with raises("nothing to push", tmp_path):
         push(tmp_path, Destination("me/sums"), Hub())
+
+
+def test_a_damaged_checkpoint_is_named_and_no_older_one_sent(tmp_path):
+    run = fake_run(tmp_path / "run")
+    (run.checkpoint_path(20) / ADAPTER_WEIGHTS).write_bytes(b"half")
+    with raises("step_000020", "damaged"):
+        chosen(run.path)
+    assert chosen(run.checkpoint_path(10))[1].step == 10
 
 
 def test_a_folder_of_something_else_is_left_alone(uninterrupted, tmp_path):
