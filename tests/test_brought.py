@@ -17,6 +17,7 @@ from helpers_data import SHOTS, changed, tokenizer, write
 from tokenizers import decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from icl_distill.app.estimate import shape_of
 from icl_distill.app.export import PROMPT_FILE, export_model, record_prompt
 from icl_distill.app.usage import prompt_code
 from icl_distill.core.config import (
@@ -526,9 +527,14 @@ def test_a_model_without_sdpa_says_which_attention_it_has(tmp_path):
     assert load_model(replace(cfg, attention="eager")).config._attn_implementation == "eager"
 
 
+def mamba(vocab_size):
+    sizes = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return transformers.MambaConfig(vocab_size=vocab_size, **sizes, **ends)
+
+
 def recurrent():
-    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    return transformers.MambaForCausalLM(mamba(64))
 
 
 def test_a_model_that_says_always_the_same_can_be_decoded(tmp_path):
@@ -541,6 +547,25 @@ def test_a_model_that_cannot_be_decoded_in_a_batch_is_refused_before_it_answers(
     engine = TransformersEngine(with_noise(recurrent(), "", std=0.5).eval(), None, [2])
     with pytest.raises(InputError, match="cannot decode MambaForCausalLM"):
         next(engine.generate([[5, 6, 7], [8]]))
+
+
+def test_a_recurrent_model_is_refused_in_one_line_by_evaluation_and_estimate(tmp_path):
+    model = with_noise(transformers.MambaForCausalLM(mamba(len(real_tokenizer()))), "", std=0.5)
+    model.save_pretrained(tmp_path)
+    real_tokenizer().save_pretrained(tmp_path)
+    few = ["task.n_train=8", "task.n_dev=2", "task.n_test=2", "conditions=[zero_shot]"]
+    about = [f"model.name={tmp_path}", "model.dtype=float32", "model.attention=eager", *few]
+    cfg = load_config("quickstart", [*about, f"run={tmp_path / 'r'}"], "evaluate")
+    with pytest.raises(InputError, match="cannot decode MambaForCausalLM"):
+        evaluate(cfg, progress=False)
+    with pytest.raises(InputError, match="a mamba model .*there is no estimate for it"):
+        shape_of(model.config)
+
+
+def test_a_multimodal_model_without_a_language_model_of_its_own_has_no_estimate():
+    with pytest.raises(InputError, match="no estimate for a mistral3 model") as error:
+        shape_of(transformers.Mistral3Config())
+    assert "\n" not in str(error.value)
 
 
 def linear_with_adapters(model):
