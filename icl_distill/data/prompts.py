@@ -81,7 +81,7 @@ class Renderer:
             )
         at += len(hidden)
         if self.cfg.answer_end == "eos":
-            return Rendered.marked(text[:at] + self._eos(), whole.marks)
+            return Rendered.marked(text[:at] + self.template.end_of_text, whole.marks)
         end = self.control.pattern.search(text, at)
         if not end and not self._next_turn:
             raise InputError(
@@ -110,12 +110,6 @@ class Renderer:
             f"the template's prompt is not the beginning of prompt and answer: "
             f"it ends in {prompt[-40:]!r}, there stands {there!r}{advice}"
         )
-
-    def _eos(self) -> str:
-        "Raises `InputError` where the tokenizer has no end-of-text token."
-        if token := self.template.tok.eos_token:
-            return token
-        raise InputError("prompt.answer_end is eos, but the tokenizer has no end-of-text token")
 
     @cached_property
     def _next_turn(self) -> str:

@@ -162,6 +162,13 @@ class Template:
             return None
         return None
 
+    @property
+    def end_of_text(self) -> str:
+        "Raises `InputError` where the tokenizer has no such token."
+        if token := self.tok.eos_token:
+            return token
+        raise InputError("prompt.answer_end is eos, but the tokenizer has no end-of-text token")
+
     @cached_property
     def folds_system(self) -> bool:
         "Has it no place for system text in front of the first turn, so that it goes into it?"

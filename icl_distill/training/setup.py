@@ -43,7 +43,7 @@ def check(cfg: Config):
     check_quantization(cfg.model, device)
     check_tracker(cfg.train.tracker)
 
-# %% ../../nbs/training/04_setup.ipynb #su007
+# %% ../../nbs/training/04_setup.ipynb #su007b
 def _another_autocast(wanted: str):
     "accelerate keeps the first autocast of a process; another training may want another."
     from accelerate.state import AcceleratorState
@@ -51,7 +51,7 @@ def _another_autocast(wanted: str):
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, wanted):
         AcceleratorState._reset_state()  # not the processes, which stay as they are
 
-
+# %% ../../nbs/training/04_setup.ipynb #su007
 def accelerator_of(cfg: Config):
     "Raises `InputError` where this process cannot train as the config says."
     from accelerate import Accelerator

@@ -58,7 +58,7 @@ def start_tracker(accelerator, cfg: Config):
     project, more = _place(tracker, Run(cfg.run).path.name)
     accelerator.init_trackers(project, tracked_config(cfg), init_kwargs={tracker: more})
 
-
+# %% ../../nbs/training/03_trackers.ipynb #tr013e
 def end_tracker(accelerator):
     "Close what `start_tracker` began, if it did."
     for tracker in accelerator.trackers:
