@@ -198,6 +198,8 @@ class Template:
         opened = prompt.rfind("<", 0, at)
         if at < len(prompt) and opened > prompt.rfind(">", 0, at):  # two tokens that begin alike
             at = opened
+        if "Q0" not in prompt[:at]:  # they differ in more than their ends
+            return "", ""
         given, found, _ = whole[at:].partition("A0")
         return prompt[at:], given if found else ""
 
