@@ -89,7 +89,8 @@ def other_weights(
     wanted = cfg.teacher.other(cfg.model)
     if wanted is None or not cfg.has_teacher:
         return None
-    check_same_tokenizer(tok, load_tokenizer(wanted.name, wanted.revision), wanted.name)
+    other = load_tokenizer(wanted.name, wanted.revision, wanted.trust_remote_code)
+    check_same_tokenizer(tok, other, wanted.name)
     if cfg.teacher.device != "auto":
         device = torch.device(choose_device(cfg.teacher.device)[0])
     kind = torch.device(device).type
