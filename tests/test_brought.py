@@ -5,9 +5,11 @@ import itertools
 import json
 import shutil
 import string
+from functools import cache
 
 import peft
 import pytest
+import shapes
 import tokenizers
 import torch
 import transformers
@@ -15,6 +17,7 @@ from helpers_data import SHOTS, changed, tokenizer, write
 from tokenizers import decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from icl_distill.app.estimate import shape_of
 from icl_distill.app.export import PROMPT_FILE, export_model, record_prompt
 from icl_distill.app.usage import prompt_code
 from icl_distill.core.config import (
@@ -34,12 +37,19 @@ from icl_distill.data.contexts import Context, Contexts
 from icl_distill.data.examples import Example
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task, split_dev
-from icl_distill.evaluation.conditions import Condition
-from icl_distill.evaluation.evaluate import evaluate
+from icl_distill.evaluation.conditions import Condition, check_checkpoint
+from icl_distill.evaluation.evaluate import config_for_evaluation, evaluate
 from icl_distill.evaluation.records import identity
 from icl_distill.models.generation import TransformersEngine
-from icl_distill.models.loading import add_lora, frozen_head, load_model
-from icl_distill.testing import SIZES, answering_folder, real_tokenizer, tiny_folder
+from icl_distill.models.loading import (
+    add_lora,
+    frozen_head,
+    load_adapter,
+    load_model,
+    weights_hash,
+)
+from icl_distill.testing import SIZES, answering_folder, fake_run, real_tokenizer, tiny_folder
+from icl_distill.training.loop import train
 from icl_distill.training.state import other_run
 
 # --- the same question
@@ -378,6 +388,66 @@ def test_every_shape_of_template_trains_with_shots_and_system_text(name):
     assert p.stop_ids[0] == al.answer_ids[-1]
 
 
+@cache
+def with_all_tokens():
+    "A tokenizer that knows the tokens of all shapes."
+    tok = copy.deepcopy(tokenizer("qwen3"))
+    tok.add_tokens(shapes.TOKENS, special_tokens=True)
+    return tok
+
+
+def asked_and_answered(shape, system, thinking):
+    "The prompt after two shots, and the answer's tokens as text."
+    tok = with_all_tokens()
+    tok.chat_template, tok.eos_token = shape.template, shape.end
+    ends = "eos" if shape.eos else "template"
+    cfg = PromptConfig(system=system, enable_thinking=thinking, answer_end=ends)
+    p = Prompter(tok, cfg)
+    al = align(p, Context(SHOTS), Example("e", "Why?", "Because."))
+    assert p.stop_ids[0] == al.answer_ids[-1]
+    assert p.prompt_ids(Context(), "Why?") == al.student_ids[: -al.n_answer]
+    return tok.decode(al.teacher_ids[: -al.n_answer]), tok.decode(al.answer_ids)
+
+
+@pytest.mark.parametrize("name", [n for n in shapes.SHAPES if not shapes.SHAPES[n].refused])
+def test_public_templates_train_in_all_settings(name):
+    "With and without system text; where a thought is wanted they are asked, or trained too."
+    shape = shapes.SHAPES[name]
+    for system, thinking in itertools.product((None, "Be brief."), (False, True)):
+        try:
+            read, said = asked_and_answered(shape, system, thinking)
+        except InputError as error:  # the thought is the model's to write
+            assert thinking and "prompt.enable_thinking=false" in str(error)
+            p = Prompter(with_all_tokens(), PromptConfig(system=system, enable_thinking=True))
+            read, said = p.tok.decode(p.prompt_ids(Context(SHOTS), "Why?")), None
+        places = [read.index(x) for x in (system or "", "1 + 1?", "2 + 3?", "Why?")]
+        assert places == sorted(places)
+        if said is not None:
+            assert said.strip().removeprefix("Because.").strip() == shape.end
+            assert not read.endswith(("<think>", "<think>\n"))
+
+
+def test_few_public_templates_are_refused_and_say_why():
+    refused = {name: shape for name, shape in shapes.SHAPES.items() if shape.refused}
+    assert len(shapes.SHAPES) + len(SHAPES) >= 56 and len(refused) <= 6
+    for shape in refused.values():
+        with pytest.raises(InputError, match=shape.refused) as error:
+            asked_and_answered(shape, None, False)
+        assert "\n" not in str(error.value)
+
+
+def test_an_answer_without_an_end_gets_the_end_of_text_where_asked():
+    falcon = shapes.SHAPES["Falcon"]
+    tok = with_all_tokens()
+    tok.chat_template, tok.eos_token = falcon.template, falcon.end
+    with pytest.raises(InputError, match="prompt.answer_end=eos"):
+        Prompter(tok, PromptConfig()).answer_ids(Context(), "Why?", "Because.")
+    ended = Prompter(tok, PromptConfig(answer_end="eos"))
+    assert tok.decode(ended.answer_ids(Context(), "Why?", "Because.")) == " Because.<|endoftext|>"
+    glm = chat(SHAPES["GLM-4"][0], special=SHAPES["GLM-4"][1], answer_end="eos")
+    assert glm.answer_ids(Context(), "Why?", "Because.")[-1] == glm.tok.eos_token_id
+
+
 def test_what_was_done_about_a_template_is_said():
     done = {name: chat(shape[0], special=shape[1]).notes for name, shape in SHAPES.items()}
     assert ["system text" in note for note in done["Gemma 2"] + done["Mistral"]] == [True, True]
@@ -457,9 +527,14 @@ def test_a_model_without_sdpa_says_which_attention_it_has(tmp_path):
     assert load_model(replace(cfg, attention="eager")).config._attn_implementation == "eager"
 
 
+def mamba(vocab_size):
+    sizes = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return transformers.MambaConfig(vocab_size=vocab_size, **sizes, **ends)
+
+
 def recurrent():
-    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    return transformers.MambaForCausalLM(mamba(64))
 
 
 def test_a_model_that_says_always_the_same_can_be_decoded(tmp_path):
@@ -472,6 +547,25 @@ def test_a_model_that_cannot_be_decoded_in_a_batch_is_refused_before_it_answers(
     engine = TransformersEngine(with_noise(recurrent(), "", std=0.5).eval(), None, [2])
     with pytest.raises(InputError, match="cannot decode MambaForCausalLM"):
         next(engine.generate([[5, 6, 7], [8]]))
+
+
+def test_a_recurrent_model_is_refused_in_one_line_by_evaluation_and_estimate(tmp_path):
+    model = with_noise(transformers.MambaForCausalLM(mamba(len(real_tokenizer()))), "", std=0.5)
+    model.save_pretrained(tmp_path)
+    real_tokenizer().save_pretrained(tmp_path)
+    few = ["task.n_train=8", "task.n_dev=2", "task.n_test=2", "conditions=[zero_shot]"]
+    about = [f"model.name={tmp_path}", "model.dtype=float32", "model.attention=eager", *few]
+    cfg = load_config("quickstart", [*about, f"run={tmp_path / 'r'}"], "evaluate")
+    with pytest.raises(InputError, match="cannot decode MambaForCausalLM"):
+        evaluate(cfg, progress=False)
+    with pytest.raises(InputError, match="a mamba model .*there is no estimate for it"):
+        shape_of(model.config)
+
+
+def test_a_multimodal_model_without_a_language_model_of_its_own_has_no_estimate():
+    with pytest.raises(InputError, match="no estimate for a mistral3 model") as error:
+        shape_of(transformers.Mistral3Config())
+    assert "\n" not in str(error.value)
 
 
 def linear_with_adapters(model):
@@ -562,6 +656,43 @@ def test_an_adapter_from_elsewhere_is_evaluated_and_marked(elsewhere, tmp_path, 
     assert "from elsewhere" in capsys.readouterr().err
     records = tmp_path / "r" / "evaluation" / "records" / "step_100.jsonl"
     assert json.loads(records.read_text().splitlines()[0])["identity"]["foreign"] is True
+
+
+def test_the_text_model_of_llama_4_is_trained_asked_and_exported(tmp_path):
+    text = SIZES | dict(intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=64)
+    text["vocab_size"] = len(real_tokenizer())
+    vision = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, image_size=28)
+    vision |= dict(num_attention_heads=2, patch_size=14, vision_output_dim=32)
+    vision |= dict(projector_input_dim=32, projector_output_dim=32)
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    transformers.Llama4ForConditionalGeneration(config).float().save_pretrained(tmp_path / "base")
+    real_tokenizer().save_pretrained(tmp_path / "base")
+    few = ["task.n_train=12", "task.n_dev=2", "task.n_test=2", "context.n_shots=2", "lr=0.05"]
+    few += ["steps=1", "batch_size=2", "accumulation=1", "warmup_steps=0", f"run={tmp_path / 'r'}"]
+    few += ["model.dtype=float32", "lora.target_modules=[q_proj,v_proj]"]
+    saved = train(load_config("quickstart", [f"model.name={tmp_path / 'base'}", *few], "train"))
+    asked = config_for_evaluation(str(tmp_path / "r"), ["max_new_tokens=2"])
+    assert list(evaluate(asked, progress=False).conditions) == ["step_1"]
+    export_model(tmp_path / "r", tmp_path / "out")
+    ids = torch.arange(5, 25)[None]
+    base = load_model(ModelConfig(name=str(tmp_path / "base"), dtype="float32"))
+    assert type(base) is transformers.Llama4ForCausalLM
+    want = load_adapter(base, saved)(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(merged(input_ids=ids).logits, want, atol=1e-4)
+
+
+def test_vllm_takes_a_base_that_was_moved_by_its_weights(tmp_path):
+    moved, other = tiny_folder(tmp_path / "moved"), tiny_folder(tmp_path / "other", seed=1)
+    own = weights_hash(load_model(ModelConfig(name=str(moved), dtype="float32")))
+    about = dict(base_model="/where/it/was", base_hash=own, dtype="float32")
+    run = fake_run(tmp_path / "run", (1, 2), **about)
+    cfg = load_config("quickstart", [f"model.name={moved}", "model.dtype=float32"])
+    for checkpoint in run.checkpoints():
+        assert check_checkpoint(cfg, str(checkpoint.folder), "vllm").step == checkpoint.step
+    cfg = replace(cfg, model=replace(cfg.model, name=str(other)))
+    with pytest.raises(InputError, match="was trained on '/where/it/was' with weights"):
+        check_checkpoint(cfg, str(run.checkpoint_path(1)), "vllm")
 
 
 def test_a_base_model_may_lie_elsewhere():

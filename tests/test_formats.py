@@ -29,6 +29,7 @@ from icl_distill.data.examples import Dialogue, folded, turns_of
 from icl_distill.data.formats import read_all, read_examples, read_questions
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.rows import hub_name, read_rows
+from icl_distill.data.shapes import RowReader
 from icl_distill.data.system_text import with_system
 from icl_distill.data.tasks import load_task
 from icl_distill.testing import answering_folder, quiet_environment, raises
@@ -547,3 +548,16 @@ def test_conversations_of_several_containers_are_baked(tmp_path, model, capsys):
         assert digest(ids) == row["prompt_hash"] and "Ho" in prompter.decode(ids)
     card = (run.path / "adapter" / "README.md").read_text()
     assert "Be brief." in card and "User: Hi" not in card
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "row"),
+    [
+        (("prompt", "completion"), "prompt_completion", dict(prompt=[], completion=[])),
+        (("messages", "answer"), "messages", turns("user", "assistant")),
+    ],
+)
+def test_fields_that_are_named_may_hide_a_shape(names, shape, row):
+    reader = RowReader(dict(zip(("question", "answer"), names, strict=True)))
+    with raises(f"it has the shape {shape}, which is read where no fields are named"):
+        reader("row 1", row)

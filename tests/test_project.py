@@ -25,8 +25,8 @@ models: taps quantization loading sharding shared_prefix target_cache teacher de
 models: vllm_engine engines
 training: batches teachers fill whole_model state step on_policy trackers setup loop answers labels
 train
-evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
-evaluation: harness browse style arms plots figures grid study study_figure
+evaluation: statistics draws over_seeds power conditions records shards scores tables seeds jobs
+evaluation: evaluate harness browse style arms plots figures grid study study_figure
 app: estimate memory plan launched monitor launch widgets export preflight data_report usage serving
 app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing

@@ -26,6 +26,7 @@ from icl_distill.core.config import (
 from icl_distill.core.results import read_results
 from icl_distill.evaluation.draws import clustered_ci, pass_at_k
 from icl_distill.evaluation.evaluate import evaluate
+from icl_distill.evaluation.seeds import report
 from icl_distill.evaluation.statistics import bootstrap_ci, wilson
 from icl_distill.evaluation.tables import as_csv, markdown
 from icl_distill.models.decoding import Sampling, nucleus, pick
@@ -34,6 +35,7 @@ from icl_distill.testing import (
     REAL_MODEL,
     FakeEngine,
     counting_questions,
+    fake_run,
     raises,
     real_tokenizer,
     tiny_model,
@@ -251,6 +253,47 @@ def test_other_draws_are_not_mixed_in(cfg, change):
     go(cfg, Drawing(tok))
     with raises("answers to something else", "sampling", "drawn"):
         go(with_draws(cfg, **change), Drawing(tok))
+
+
+def seeds_of(cfg, tmp_path, name, draws):
+    "A run for each number of draws, with a checkpoint, its own seed and its own draws."
+    for seed, n in enumerate(draws):
+        run = fake_run(tmp_path / f"{name}{seed}", (10,))
+        asked = replace(cfg.evaluate, conditions=["zero_shot"], checkpoints=str(run.path))
+        here = replace(cfg, run=str(run.path), seed=seed, evaluate=asked)
+        go(with_draws(here, n=n, seed=seed), Drawing(tok))
+        yield run
+
+
+def test_drawn_answers_are_combined_over_seeds(cfg, tmp_path, capsys):
+    runs = list(seeds_of(cfg, tmp_path, "run", (5, 5, 5)))
+    arm = report([run.path for run in runs])
+    assert "mean@5" in capsys.readouterr().out
+    results = [run.results() for run in runs]
+    for measure, value in (
+        ("mean@5", lambda s: s.mean),
+        ("pass@5", lambda s: s.pass_at[-1].value),
+    ):
+        each = [value(r.conditions["step_10"].sampled) for r in results]
+        found = arm.drawn["step_10"][measure]
+        assert found.per_seed == pytest.approx(each)
+        assert found.mean == pytest.approx(np.mean(each))
+        assert found.se == pytest.approx(np.std(each, ddof=1) / math.sqrt(3))
+        each = [value(r.conditions["zero_shot"].sampled) for r in results]
+        base = arm.drawn["zero_shot"][measure]
+        assert base.se is None and base.mean == pytest.approx(np.mean(each))
+        assert base.interval[0] <= base.mean <= base.interval[1]
+    rows = [drawn_lines(replace(cfg, run=str(run.path))) for run in runs]
+    shares = [
+        np.mean([r[f"test-{i}#{k}"]["correct"] for r in rows for k in range(5)]) for i in range(12)
+    ]
+    assert arm.drawn["zero_shot"]["mean@5"].interval == pytest.approx(clustered_ci(shares))
+
+
+def test_draws_that_differ_are_left_out_and_said(cfg, tmp_path, capsys):
+    runs = seeds_of(cfg, tmp_path, "run", (2, 3))
+    arm = report([run.path for run in runs])
+    assert not arm.drawn and "left out: not all runs drew alike" in capsys.readouterr().out
 
 
 def test_shards_draw_what_one_process_draws(cfg):

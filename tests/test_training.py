@@ -640,3 +640,11 @@ def test_sigterm_saves(folder, uninterrupted, tmp_path, sign):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     same_runs(uninterrupted, run)
+
+
+def test_two_trainings_of_one_process_may_differ_in_autocast(tmp_path):
+    first, half, again = (
+        go(tmp_path / name, "steps=2", f"mixed_precision={autocast}")
+        for name, autocast in (("a", "no"), ("b", "bf16"), ("c", "no"))
+    )
+    assert equal(first, again) and not equal(first, half)

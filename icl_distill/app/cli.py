@@ -259,7 +259,7 @@ def targets_command(
 # %% ../../nbs/app/17_cli.ipynb #c016x
 @command("icl-distill export runs/quickstart/distill/checkpoints/step_000040 my-model")
 def export_command(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint's folder")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint's folder, or a run's")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     overrides: Over = None,
     dtype: Annotated[

@@ -116,9 +116,13 @@ def shape_of(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(conf, trust_remote_code=False)
-    shape = _counted(model)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(conf, trust_remote_code=False)
+        shape = _counted(model)
+    except (ValueError, AttributeError) as error:  # no language model, or a recurrent one
+        said = str(error).splitlines()[0].split(" for this kind")[0]
+        raise InputError(f"there is no estimate for a {conf.model_type} model: {said}") from error
     read = _size(model.get_decoder()) - model.get_input_embeddings().weight.numel()
     if shape.body < 0.98 * read:
         raise InputError(

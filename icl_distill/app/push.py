@@ -24,11 +24,11 @@ from icl_distill.app.card import (
     what_it_is,
     write_adapter,
 )
-from .export import PROMPT_FILE, config_of, export_model
+from .export import PROMPT_FILE, choose_checkpoint, config_of, export_model
 from .preflight import Preflight, preflight_text
 from .serving import how_to_load
 from .usage import Usage, base_name, fenced
-from ..core.checkpoints import ADAPTER_CONFIG, INFO_FILE, Checkpoint
+from ..core.checkpoints import ADAPTER_CONFIG, CHECKPOINTS, Checkpoint
 from ..core.config import Config, replace
 from ..core.files import InputError
 from ..core.runs import Evaluation, Run
@@ -66,31 +66,16 @@ class Published:
         return next((name for name, c in known.items() if c.adapter == own), None)
 
 # %% ../../nbs/app/19_push.ipynb #pu07
-def _of_run(path: Path) -> tuple[Run, Checkpoint]:
-    run = Run(path)
-    whole = run.checkpoints()
-    if not whole:
-        raise InputError(
-            f"{str(path)!r}: no whole checkpoint in it; expected a run's folder, or a checkpoint's"
-        )
-    place = run.evaluation()
-    results = place.results() if place.exists() else None
-    chosen = results.selected if results else None
-    adapter = results.conditions[chosen.condition].adapter if results and chosen else None
-    best = [point for point in whole if point.adapter_hash() == adapter]
-    return run, (best or whole)[-1]
-
-
 def chosen(path: Path) -> tuple[Run, Checkpoint]:
-    "A run, or a checkpoint of one. Raises `InputError` where it is neither."
-    path = Path(path)
-    if not (path / INFO_FILE).is_file():
-        return _of_run(path)
-    if path.resolve().parent.name != "checkpoints":
+    "A run and its `choose_checkpoint`, or a checkpoint of one. Raises `InputError`."
+    checkpoint = choose_checkpoint(path, "push")
+    folder = checkpoint.folder.resolve()
+    if checkpoint.foreign or folder.parent.name != CHECKPOINTS:
         raise InputError(
-            f"{str(path)!r}: a checkpoint outside its run; expected RUN/checkpoints/step_…"
+            f"{str(path)!r}: a checkpoint outside its run; expected a run's folder, or "
+            "RUN/checkpoints/step_…"
         )
-    return Run(path.resolve().parent.parent), Checkpoint.read(path, whole=True)
+    return Run(folder.parent.parent), checkpoint
 
 # %% ../../nbs/app/19_push.ipynb #pu10
 def read_bake(published: Published) -> Baked | None:  # None: the run is none

@@ -169,6 +169,7 @@ def measure_quickstart(
         step = step_seconds(cfg, setup.model, engine.tok, task)
         output = str(Path(folder) / "results.json")
         trial = replace(cfg, evaluate=replace(cfg.evaluate, n_samples=n, output=output))
+        trial = replace(trial, train=replace(cfg.train, tracker=None))
         start = time.perf_counter()
         evaluate(trial, setup.conditions, engine, task, False)
     seconds = time.perf_counter() - start

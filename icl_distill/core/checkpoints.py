@@ -254,10 +254,11 @@ def checkpoints_of(
 def find_checkpoints(
     path,  # a run's folder, or one checkpoint's
     steps: tuple = (),  # which of the run's; none given: all
+    asked_by: str = "evaluate.checkpoints",  # who wants them, for the message
 ) -> dict[str, Checkpoint]:  # 'step_200' -> it, in the order of the steps
     "Raises `InputError` where there is none, a step is missing, or one is incomplete."
     path = Path(path)
-    where = f"evaluate.checkpoints {str(path)!r}"
+    where = f"{asked_by} {str(path)!r}"
     if not path.is_dir():
         raise InputError(f"{where}: no such folder")
     folders = _step_folders(path / CHECKPOINTS)

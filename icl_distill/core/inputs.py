@@ -206,6 +206,9 @@ class PromptConfig(Section):
         False, "may the model think first? If not, the prompt ends behind the template's thought"
     )
     answer_space: Literal["keep", "strip"] = setting("keep", "white space at an answer's ends")
+    answer_end: Literal["template", "eos"] = setting(
+        "template", "of an answer: the template's end of turn, or the end-of-text token"
+    )
     max_student_tokens: PositiveInt = setting(512, "question and answer")
     max_teacher_tokens: PositiveInt = setting(4096, "context, question and answer")
     too_long: Literal["error", "drop"] = setting(

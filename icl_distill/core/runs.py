@@ -89,6 +89,10 @@ class Evaluation:
         "One condition's answers, as for `records_path`. Raises `InputError` where there are none."
         return read_records(self.records_path(condition, set))
 
+    def drawn(self, condition: str) -> list[RecordLine]:
+        "Its drawn answers to the main set. Raises `InputError` where there are none."
+        return read_records(self.records_folder / "drawn" / f"{condition}.jsonl")
+
 # %% ../../nbs/core/13_runs.ipynb #c009
 class RunPaths:
     "Where everything lies in a run's folder. Nothing of it need exist."

@@ -80,11 +80,14 @@ class Renderer:
                 f"supervised" + (advice if self.cfg.enable_thinking else "")
             )
         at += len(hidden)
+        if self.cfg.answer_end == "eos":
+            return Rendered.marked(text[:at] + self.template.end_of_text, whole.marks)
         end = self.control.pattern.search(text, at)
         if not end and not self._next_turn:
             raise InputError(
                 "the template does not end the answer with a control token: "
-                "there would be nothing to stop at"
+                "there would be nothing to stop at; prompt.answer_end=eos ends it with the "
+                "tokenizer's end-of-text token"
             )
         text = text[: end.end()] if end else text + self._next_turn
         return Rendered.marked(text, whole.marks)
@@ -97,7 +100,7 @@ class Renderer:
         "The whole, which begins with the prompt. Raises `InputError` where it does not."
         if whole.startswith(prompt):
             return whole
-        if self.template.opening:  # it closes a thought that the template leaves out of answers
+        if self.template.untaught:  # a thought that the template leaves out of answers
             at = whole.find(hidden, common_length(prompt, whole))
             if at >= 0:
                 return prompt + whole[at:]
@@ -276,8 +279,8 @@ class Prompter:
         template, out = self.renderer.template, []
         if template.folds_system:
             out.append("system text is at the head of the first user turn: there is no other place")
-        if template.opening:
-            out.append(f"the prompt ends in {template.opening!r}, which is not taught")
+        if template.untaught:
+            out.append(f"the prompt ends in {template.untaught!r}, which is not taught")
         return out
 
     def answer_ids(self, context: Context, question: str, answer: str) -> list[int]:

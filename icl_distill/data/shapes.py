@@ -255,10 +255,21 @@ class RowReader:
         "What a row says. Raises `InputError` where it is not of the shape, or a field is amiss."
         self.shape = self.shape or _found(where, row, self.alone)
         view = _View(where, row, self.options)
-        read = _READ[self.shape](view, self.alone)
+        try:
+            read = _READ[self.shape](view, self.alone)
+        except InputError as error:
+            raise InputError(f"{error}{self._own_shape(row)}") from error
         self.unread |= view.left
         if self.alone and read.answer:
             self.unread["the last turn, an answer"] = None
         if not self.alone and not read.answer:
             raise InputError(f"{where}: it ends in a user's turn; there is no answer to learn")
         return read
+
+    def _own_shape(self, row: dict[str, Any]) -> str:
+        "What to do where the fields that were named hide the shape that a row has of its own."
+        named = {shape: fields for shape, fields in SHAPES.items() if shape != self.shape}
+        own = [s for s, (first, *more) in named.items() if {first, *more[-1:]} <= row.keys()]
+        if not own or not self.options:
+            return ""
+        return f"; it has the shape {own[0]}, which is read where no fields are named"

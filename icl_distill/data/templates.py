@@ -10,12 +10,14 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 from ..core.config import PromptConfig
 from ..core.files import InputError
 
 _THOUGHT = re.compile(r"<([\w:]*think[\w:]*)>\s*$")  # a thought that was opened
+_OF_THOUGHTS = re.compile(r"think|thought", re.IGNORECASE)
 
 # %% ../../nbs/data/07_templates.ipynb #c015
 class ControlTokens:
@@ -131,19 +133,41 @@ class Template:
         if self.cfg.template == "plain":
             return "".join(self.forms[m["role"]].replace("{}", m["content"]) for m in messages)
         try:
-            return self.tok.apply_chat_template(
-                messages,
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=messages[-1]["role"] != "assistant",
-                enable_thinking=self.cfg.enable_thinking,
-                date_string=DATE,
-                strftime_now=CLOCK.strftime,
-            )
+            return self._rendered(messages, self._tools)
         except Exception as e:
             raise InputError(
                 f"the chat template could not be rendered: {type(e).__name__}: {e}"
             ) from e
+
+    def _rendered(self, messages: list[dict[str, str]], tools: list | None) -> str:
+        return self.tok.apply_chat_template(
+            messages,
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+            enable_thinking=self.cfg.enable_thinking,
+            date_string=DATE,
+            strftime_now=CLOCK.strftime,
+            tools=tools,
+        )
+
+    @cached_property
+    def _tools(self) -> list | None:
+        "None, but no tools where a template lists them without asking whether there are any."
+        try:
+            self._rendered([{"role": "user", "content": "Q0"}], None)
+        except TypeError:
+            return []
+        except Exception:
+            return None
+        return None
+
+    @property
+    def end_of_text(self) -> str:
+        "Raises `InputError` where the tokenizer has no such token."
+        if token := self.tok.eos_token:
+            return token
+        raise InputError("prompt.answer_end is eos, but the tokenizer has no end-of-text token")
 
     @cached_property
     def folds_system(self) -> bool:
@@ -162,21 +186,44 @@ class Template:
         return True
 
     @cached_property
-    def opening(self) -> str:
-        "What a prompt ends in, behind what the template writes there, when no thought is wanted."
-        if self.cfg.enable_thinking or self.cfg.template == "plain":
-            return ""
+    def _seam(self) -> tuple[str, str]:
+        "What it writes in front of an answer to come alone, and in front of a given one alone."
         asked = [{"role": "user", "content": "Q0"}]
         try:
             prompt = self(asked)
             whole = self([*asked, {"role": "assistant", "content": "A0"}])
         except InputError:
+            return "", ""
+        at = len(commonprefix([prompt, whole]))
+        opened = prompt.rfind("<", 0, at)
+        if at < len(prompt) and opened > prompt.rfind(">", 0, at):  # two tokens that begin alike
+            at = opened
+        if "Q0" not in prompt[:at]:  # they differ in more than their ends
+            return "", ""
+        given, found, _ = whole[at:].partition("A0")
+        return prompt[at:], given if found else ""
+
+    @cached_property
+    def opening(self) -> str:
+        "What a prompt ends in, behind what the template writes there, when no thought is wanted."
+        if self.cfg.enable_thinking or self.cfg.template == "plain":
             return ""
-        if whole.startswith(prompt):
-            between, found, _ = whole[len(prompt) :].partition("A0")
-            return between if found and between.strip() else ""
-        thought = _THOUGHT.search(prompt)
-        return f"\n</{thought[1]}>\n\n" if thought else ""
+        alone, given = self._seam
+        if thought := _THOUGHT.search(alone):
+            return f"\n</{thought[1]}>\n\n"
+        if alone and not _OF_THOUGHTS.search(alone):
+            return ""
+        return given if given.strip() else ""
+
+    @cached_property
+    def untaught(self) -> str:
+        "What a prompt ends in and an answer does not: a thought that is empty, and `opening`."
+        if self.cfg.template == "plain":
+            return ""
+        alone = self._seam[0]
+        if not _OF_THOUGHTS.search(alone) or (_THOUGHT.search(alone) and not self.opening):
+            alone = ""
+        return alone + self.opening
 
 # %% ../../nbs/data/07_templates.ipynb #pr10
 def check_turns(text: str, messages: list[dict[str, str]]):

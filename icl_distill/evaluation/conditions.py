@@ -8,15 +8,18 @@ __all__ = ['ASKED_ALIKE', 'Condition', 'base_condition', 'find_conditions', 'che
 # %% ../../nbs/evaluation/03_conditions.ipynb #h0075
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from ..core.checkpoints import Checkpoint, find_checkpoints
-from ..core.config import Config, config_dict, replace
+from ..core.config import Config, ModelConfig, config_dict, replace
 from ..core.files import InputError
 from ..core.pace import say
 from ..data.contexts import Context, Contexts
 from ..data.examples import Example
 from ..data.prompts import Prompter
 from ..data.tasks import Task
+from ..models.loading import load_model, weights_hash
 
 # %% ../../nbs/evaluation/03_conditions.ipynb #c005
 @dataclass(frozen=True)
@@ -82,6 +85,13 @@ def find_conditions(
 ASKED_ALIKE = ("template", "system", "question_format", "enable_thinking")
 
 
+@lru_cache(1)
+def _hash_of(name: str, revision: str | None, dtype: str, trust: bool) -> str:
+    "Of a model's weights, which takes as long as reading them."
+    how: Any = dict(revision=revision, dtype=dtype, trust_remote_code=trust)
+    return weights_hash(load_model(ModelConfig(name=name, **how)))
+
+
 def check_checkpoint(
     cfg: Config,  # model and prompt are read
     folder: str,  # the checkpoint's
@@ -96,10 +106,9 @@ def check_checkpoint(
         )
         return checkpoint
     if engine == "vllm" and checkpoint.base_model != cfg.model.name:
-        raise InputError(
-            f"checkpoint {folder!r} was trained on {checkpoint.base_model!r}, "
-            f"not on {cfg.model.name!r}"
-        )
+        model, dtype = cfg.model, checkpoint.dtype or cfg.model.dtype
+        own = _hash_of(model.name, model.revision, dtype, model.trust_remote_code)
+        checkpoint.check_base(own)
     if not checkpoint.config_path.exists():
         return checkpoint
     then, now = (config_dict(c)["prompt"] for c in (checkpoint.config(), cfg))

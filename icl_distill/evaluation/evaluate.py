@@ -41,10 +41,11 @@ from .draws import sampled
 from .jobs import Job, Setup, plan, run_jobs
 from .scores import completed, paired, selected, summary
 from .shards import Shard, answering, merging, unfinished
-from .tables import as_csv, markdown
+from .tables import as_csv, markdown, points
 from ..models.engines import choose_engine
 from ..models.generation import TransformersEngine, kv_bytes
 from ..models.loading import kept_dtype, positions_of
+from ..training.trackers import check_tracker, track_evaluation
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #e001
 def config_for_evaluation(
@@ -215,7 +216,19 @@ def _finish(setup: Setup, jobs: list[Job], kv: int) -> Results | None:
     write_text(place.csv_path, as_csv(results))
     write_text(place.table_path, markdown(results))
     write_results(place.results_path, results)
+    _track(setup.cfg, results)
     return results
+
+
+def _track(cfg: Config, results: Results):
+    "Show the results where the run's curve is."
+    if cfg.train.tracker and process_of_launch()[1] > 1:
+        say(
+            f"train.tracker={cfg.train.tracker}: several processes have answered, so the results "
+            "are not shown there yet; the same command in one process reads the answers and does it"
+        )
+    else:
+        track_evaluation(cfg, points(results))
 
 # %% ../../nbs/evaluation/10_evaluate.ipynb #c046b
 def evaluate(
@@ -230,6 +243,7 @@ def evaluate(
     Raises `InputError` for what cannot be asked or does not fit what is there already, and where
     another process is at it.
     """
+    check_tracker(cfg.train.tracker)
     progress = progress and process_of_launch()[0] == 0
     setup = set_up(cfg, conditions, engine, task, progress)
     about_model, place = model_config(setup.cfg, engine), setup.place

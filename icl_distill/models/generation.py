@@ -242,6 +242,9 @@ def kv_bytes(
 ) -> int:
     "Bytes of keys and values for one token of one row."
     text = config.get_text_config()
-    n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    n_heads = getattr(text, "num_attention_heads", None)
+    if not n_heads:  # a recurrent model keeps none
+        return 0
+    n_heads = getattr(text, "num_key_value_heads", None) or n_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * n_heads * head_dim * getattr(torch, dtype).itemsize

@@ -49,6 +49,7 @@ from icl_distill.training.step import (
     lr_factor,
 )
 from .teachers import other_weights
+from .trackers import end_tracker
 
 # %% ../../nbs/training/04_loop.ipynb #c039
 def log(
@@ -193,7 +194,6 @@ def train(
             remove_taps(body_of(adapted))
             if cfg.lora:
                 adapted.unload()
-    if cfg.train.tracker:
-        accelerator.end_training()
+            end_tracker(accelerator)
     assert state.checkpoint is not None, "the last step is always saved"
     return state.checkpoint

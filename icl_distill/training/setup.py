@@ -23,7 +23,6 @@ from ..core.pace import say
 from ..core.runs import Run
 from ..core.together import process_of_launch, working_on
 from icl_distill.models.loading import (
-    add_lora,
     base_of,
     body_of,
     frozen_head,
@@ -59,6 +58,14 @@ def check(
     check_quantization(cfg.model, device)
     check_tracker(cfg.train.tracker)
 
+# %% ../../nbs/training/04_setup.ipynb #su007b
+def _another_autocast(wanted: str):
+    "accelerate keeps the first autocast of a process; another training may want another."
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, wanted):
+        AcceleratorState._reset_state()  # not the processes, which stay as they are
+
 # %% ../../nbs/training/04_setup.ipynb #su007
 def accelerator_of(cfg: Config):
     "Raises `InputError` where this process cannot train as the config says."
@@ -67,6 +74,7 @@ def accelerator_of(cfg: Config):
 
     device, tracker = machine_of(cfg).device, cfg.train.tracker
     late = timedelta(seconds=cfg.train.timeout + 60)  # who ends together has ended before
+    _another_autocast(cfg.train.mixed_precision)
     accelerator = Accelerator(
         mixed_precision=cfg.train.mixed_precision,
         log_with=tracker,

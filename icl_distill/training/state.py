@@ -21,11 +21,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+# %% ../../nbs/training/02_state.ipynb #h0062b
 from icl_distill.core.checkpoints import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
     STATE_FILE,
     Checkpoint,
+    find_checkpoints,
     keep_newest,
     process_file,
     seal,
@@ -295,10 +297,9 @@ def init_adapter(
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    folder = Path(place)
-    if checkpoints := Run(folder).checkpoints():
-        folder = checkpoints[-1].folder
-    Checkpoint.read(folder, state.base_hash)
+    *_, newest = find_checkpoints(place, asked_by="lora.init_from").values()
+    newest.check_base(state.base_hash)
+    folder = newest.folder
     weights, own = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(state.model)
     if {k: x.shape for k, x in weights.items()} != {k: x.shape for k, x in own.items()}:
         raise InputError(

@@ -113,7 +113,8 @@ def other_weights(
     kind = torch.device(device).type
     wanted = settled(Config(model=wanted, device=kind)).model
     if cfg.teacher.model:
-        check_same_tokenizer(tok, load_tokenizer(wanted.name, wanted.revision), wanted.name)
+        other = load_tokenizer(wanted.name, wanted.revision, wanted.trust_remote_code)
+        check_same_tokenizer(tok, other, wanted.name)
         given = None
     model, known = _loaded(wanted, given, cfg.train.shard)
     count = sum(p.numel() for p in model.parameters())
