@@ -158,6 +158,20 @@ class TeacherOptions:
     most: Callable[[int], int] | None = None
     "A count -> the largest of all processes, which read together; None: each reads for itself."
 
+    def belongs(self, a: Aligned, group: list[Aligned]) -> bool:
+        "Is it in this batch that the targets of `a` are computed?"
+        return not self.first_batch or self.first_batch(a) == group
+
+
+def _missing(options: TeacherOptions, cache: CachedTargets, batch: list, found: dict) -> list:
+    "The batches to be computed for the targets that are not in `found`."
+    groups, known = [], {key for key, targets in found.items() if targets is not None}
+    for a in batch if len(known) < len(found) else []:
+        if cache.key(a) not in known:
+            groups.append(options.first_batch(a) if options.first_batch else batch)
+            known |= {cache.key(b) for b in groups[-1] if options.belongs(b, groups[-1])}
+    return groups
+
 # %% ../../nbs/models/03_teacher.ipynb #c031
 class Teacher:
     "Gives the targets of a batch, by the cheapest exact way. `stats` counts what was done."
@@ -189,7 +203,7 @@ class Teacher:
         keys = [self.cache.key(a) for a in batch]  # a hash over all of the teacher's ids: once
         found: dict[str, Any] = dict(zip(keys, map(self.cache.get, batch), strict=True))
         self.stats["remembered"] += sum(found[key] is not None for key in keys)
-        groups = self._missing(self.cache, batch, found)
+        groups = _missing(self.options, self.cache, batch, found)
         passes = self.options.most(len(groups)) if self.options.most else 0
         for group in groups:
             self._compute(self.cache, group, found)
@@ -226,27 +240,12 @@ class Teacher:
         self.params.clear()
         self.prefix_cache.kept.clear()
 
-    def _missing(self, cache: CachedTargets, batch: list[Aligned], found: dict) -> list:
-        "The batches to be computed for the targets that are not in `found`."
-        groups, known = [], {key for key, targets in found.items() if targets is not None}
-        for a in batch if len(known) < len(found) else []:
-            if cache.key(a) not in known:
-                first = self.options.first_batch
-                groups.append(first(a) if first else batch)
-                known |= {cache.key(b) for b in groups[-1] if self._belongs(b, groups[-1])}
-        return groups
-
-    def _belongs(self, a: Aligned, group: list[Aligned]) -> bool:
-        "Is it in this batch that its targets are computed?"
-        first = self.options.first_batch
-        return not first or first(a) == group
-
     def _compute(self, cache: CachedTargets, group: list[Aligned], found: dict):
         "Put the targets of a batch into the cache and `found`."
         targets = self.online(group).split([a.n_answer for a in group])
         for a, its in zip(group, targets, strict=True):
             key = cache.key(a)
-            if found.get(key) is None and self._belongs(a, group):
+            if found.get(key) is None and self.options.belongs(a, group):
                 found[key] = cache.put(a, its)
 
     def _read_in_step(self):

@@ -82,7 +82,7 @@ def teacher_of(
     )
     return Teacher(weights.model, weights.head, pad_id, cfg.teacher.kept_k, data.prefixes, options)
 
-# %% ../../nbs/training/01_teachers.ipynb #th13
+# %% ../../nbs/training/01_teachers.ipynb #th13a
 def _in_dtype(model, dtype: str):
     "A model that was given. Raises `InputError` where it is of another dtype."
     if (own := str(model.dtype).removeprefix("torch.")) != dtype:
@@ -97,7 +97,7 @@ def _loaded(wanted: ModelConfig, given, in_shards: bool) -> tuple[Any, str]:
     model = load_model(wanted) if given is None else _in_dtype(given, wanted.dtype)
     return model, weights_hash(model)
 
-
+# %% ../../nbs/training/01_teachers.ipynb #th13
 def other_weights(
     cfg: Config,  # the run
     tok,  # the student's tokenizer
