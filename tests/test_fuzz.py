@@ -550,7 +550,12 @@ def likely(kind):
 
 
 OF_A_MODEL = ("teacher.revision", "teacher.dtype", "teacher.device")
-NEED_ANOTHER = ("answers.source", "answers.n", *OF_A_MODEL)  # a key without which they mean nothing
+NEED_ANOTHER = (
+    "answers.source",
+    "answers.n",
+    "answers.also",
+    *OF_A_MODEL,
+)  # a key without which they mean nothing
 
 
 @many(400)

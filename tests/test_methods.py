@@ -31,9 +31,11 @@ def test_two_steps(name, model, tmp_path):
     rows = Run(tmp_path).metrics()
     assert [row["step"] for row in rows] == [1, 2]
     loss = load_config(name).loss
+    assert ("also" in rows[0]) == (load_config(name).answers.also != "none")
     for row in rows:
         want = loss.ce * row["ce"] + loss.weight * row.get("distill", 0)
         want += load_config(name).hidden.weight * row.get("hidden", 0)
+        want += load_config(name).answers.also_weight * row.get("also", 0)
         assert row["loss"] == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
@@ -43,7 +45,8 @@ def test_rows_differ_in_their_method_alone():
     for name in NAMES:
         cfg = load_config(name)
         assert (cfg.model, cfg.train, cfg.evaluate) == (base.model, base.train, base.evaluate)
-        assert (cfg.task.name, cfg.task.seed, cfg.seed) == ("dates", base.task.seed, base.seed)
+        task = "word_problems" if cfg.answers.also == "rationale" else "dates"  # it has rationales
+        assert (cfg.task.name, cfg.task.seed, cfg.seed) == (task, base.task.seed, base.seed)
         assert cfg.task.n_train + (cfg.task.n_questions or 0) == 128
         assert cfg.run == f"runs/{name}"
 

@@ -198,6 +198,15 @@ class Config(Section):
         )
 
     @model_validator(mode="after")
+    def _besides_there_is_no_teacher(self):
+        if self.answers.also != "none" and self.has_teacher:
+            raise disagree(
+                f"answers.also={self.answers.also} is learnt by CE alone: set loss.weight=0 and "
+                "hidden.weight=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _own_answers_need_a_teacher(self):
         if self.answers.source != "student":
             return self

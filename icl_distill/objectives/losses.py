@@ -106,6 +106,8 @@ SUMS = (
     "truncated",  # those of them that reached the limit
     "hidden",  # distances of states, unweighted
     "hidden_positions",  # at how many
+    "also",  # CE of what is learnt beside the answers, unweighted
+    "also_positions",  # at how many
 )
 
 
@@ -220,6 +222,8 @@ def loss_metrics(
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
     if x["hidden_positions"]:
         out["hidden"] = x["hidden"] / x["hidden_positions"]
+    if x["also_positions"]:
+        out["also"] = x["also"] / x["also_positions"]
     if x["answers"]:
         out["answer_tokens"] = n / x["answers"]
         out["truncated"] = x["truncated"] / x["answers"]

@@ -61,6 +61,7 @@ class Learner:
     pad_id: int  # fills up batches
     hidden: HiddenConfig = field(default_factory=HiddenConfig)  # how states are compared
     taps: Taps | None = None  # gather the states; None: they are not compared
+    also_weight: float = 0.0  # of what is learnt beside the answers
 
 # %% ../../nbs/training/02_state.ipynb #s007
 @dataclass
