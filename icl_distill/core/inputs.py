@@ -251,6 +251,9 @@ class AnswersConfig(Section):
         True, "n > 1: one answer a question, of the most frequent value; false: all are trained on"
     )
     refresh: PositiveInt = setting(1, "student: steps before it answers anew")
+    teacher_share: Fraction = setting(
+        0.0, "student: the teacher's share of the distribution that each token is drawn from"
+    )
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
     )
@@ -282,6 +285,16 @@ class AnswersConfig(Section):
             )
         if self.n > 1 and self.source == "student":
             raise disagree("answers.source 'student' answers each question once: set answers.n=1")
+        return self
+
+    @model_validator(mode="after")
+    def _two_draw_together(self):
+        if self.teacher_share and (self.source != "student" or not self.drawn_at):
+            raise disagree(
+                f"answers.teacher_share={self.teacher_share:g} mixes the distributions that the "
+                "student's own answers are drawn from: set answers.source=student and a "
+                "temperature above 0"
+            )
         return self
 
     @model_validator(mode="after")

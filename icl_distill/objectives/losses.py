@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.config import LossConfig, replace
 from ..core.files import InputError
+from .policy import policy_loss
 from .targets import Head, HiddenTargets, Kept, Targets, _wide, topk_targets
 
 # %% ../../nbs/objectives/02_losses.ipynb #c015
@@ -108,6 +109,7 @@ SUMS = (
     "hidden_positions",  # at how many
     "also",  # CE of what is learnt beside the answers, unweighted
     "also_positions",  # at how many
+    "policy",  # loss.policy times the policy-gradient term
 )
 
 
@@ -172,6 +174,7 @@ class _Terms:
     ce: Tensor  # (a,)
     total: Tensor  # (a,) w·CE + λ·distillation
     distilled: _Distilled | _Whole | None = None
+    policy: Tensor | float = 0.0  # (a,) of the total
 
     def sums(
         self,
@@ -186,6 +189,8 @@ class _Terms:
         }
         if self.distilled is not None:
             found |= self.distilled.sums(temperature)
+        if isinstance(self.policy, Tensor):
+            found["policy"] = self.policy.sum()
         if grads:
             found["diagnosed"] = len(self.ce)
             found["ce_grad_sq"] = _square(grads[0])
@@ -222,6 +227,8 @@ def loss_metrics(
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
     if x["hidden_positions"]:
         out["hidden"] = x["hidden"] / x["hidden_positions"]
+    if x["policy"]:
+        out["policy"] = x["policy"] / n
     if x["also_positions"]:
         out["also"] = x["also"] / x["also_positions"]
     if x["answers"]:
@@ -266,17 +273,19 @@ def plain_loss(
 
     Raises `InputError` where the numbers of rows differ."""
     _check_shapes(hidden, labels, targets)
+    drawn = None if targets is None else targets.drawn
     if isinstance(targets, HiddenTargets):
         targets, cfg = _whole_rows(targets, cfg)
     logits = _wide(head(hidden))
     ce = F.cross_entropy(logits, labels, reduction="none")
-    weighted = cfg.ce * ce
-    terms = _Terms(ce, weighted)
+    policy = cfg.policy * policy_loss(ce, drawn) if cfg.policy and drawn is not None else 0.0
+    weighted = cfg.ce * ce + policy
+    terms = _Terms(ce, weighted, policy=policy)
     if targets is not None:
         values = logits.gather(1, targets.ids.long())
         logz = (logits / cfg.temperature).logsumexp(-1)
         d = distill_loss(values, logz, targets, cfg)
-        terms = _Terms(ce, weighted + cfg.weight * d, _Distilled(d, values, logz, targets))
+        terms = _Terms(ce, weighted + cfg.weight * d, _Distilled(d, values, logz, targets), policy)
     grads = None
     if diagnose and terms.total.requires_grad:
         distilled = terms.distilled

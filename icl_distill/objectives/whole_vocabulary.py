@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.config import LossConfig
 from .losses import _Terms, _Whole
+from .policy import policy_terms
+from .targets import Kept
 
 # %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv07
 def divergence_(
@@ -63,24 +65,31 @@ def whole_terms_(
     labels: Tensor,  # (a,) int64
     cfg: LossConfig,
     gradient: bool,
+    kept: Kept | None = None,  # `a` positions: of drawn tokens, perhaps
 ) -> _Terms:
     "The loss at `a` positions."
-    n = max(1, BLOCK // x.shape[-1])
-    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), strict=True)
+    n, own = max(1, BLOCK // x.shape[-1]), kept if kept and kept.drawn is not None else None
+    some = [own.rows(i, i + n) if own else None for i in range(0, len(x), n)]
+    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), some, strict=True)
     rows = [_block_(*block, cfg, gradient) for block in blocks]
-    ce, d, mse, shift = (torch.cat(each) for each in zip(*rows, strict=True))
-    return _Terms(ce, cfg.ce * ce + cfg.weight * d, _Whole(d, mse, shift))
+    ce, d, mse, shift, policy = (torch.cat(each) for each in zip(*rows, strict=True))
+    whole = _Whole(d, mse, shift)
+    return _Terms(ce, cfg.ce * ce + cfg.weight * d + policy, whole, policy if own else 0.0)
 
 
-def _block_(x: Tensor, t: Tensor, y: Tensor, cfg: LossConfig, gradient: bool) -> tuple:
-    "CE, distillation, raw MSE and shift of a few rows, (a,) each."
+def _block_(
+    x: Tensor, t: Tensor, y: Tensor, kept: Kept | None, cfg: LossConfig, gradient: bool
+) -> tuple:
+    "CE, distillation, raw MSE, shift and policy term of a few rows, (a,) each."
     delta = x - t
     mse, shift = delta.square_().mean(-1), (x.mean(-1) - t.mean(-1)).square()
     d = divergence_(x, t, cfg)
     logz = x.logsumexp(-1, keepdim=True)
     ce = (logz - x.gather(1, y))[:, 0]
+    policy, slope = policy_terms(ce, kept, cfg)
     if gradient:
         t.mul_(cfg.weight)
-        x.sub_(logz).exp_().mul_(cfg.ce)
-        x.scatter_add_(1, y, torch.full_like(y, -cfg.ce, dtype=x.dtype))
-    return ce, d, mse, shift
+        of_ce = ((cfg.ce + slope) * torch.ones_like(ce))[:, None]
+        x.sub_(logz).exp_().mul_(of_ce)
+        x.scatter_add_(1, y, -of_ce)
+    return ce, d, mse, shift, policy * torch.ones_like(ce)
