@@ -22,8 +22,9 @@ data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts also alignment encoding
 objectives: targets policy losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading shared_prefix target_cache teacher decoding generation
-models: vllm_engine engines
-training: batches teachers fill state step on_policy trackers setup loop answers reasons labels
+models: mixed_decoding vllm_engine engines
+training: batches teachers fill state step gains on_policy trackers setup loop answers reasons
+training: labels
 train
 evaluation: statistics draws power conditions records shards scores tables seeds jobs evaluate
 evaluation: harness browse style arms plots figures grid study study_figure

@@ -26,7 +26,7 @@ from ..models.taps import compared
 from ..objectives.chunked_loss import chunked_loss
 from ..objectives.hidden_states import state_distance
 from ..objectives.losses import SUMS, Head, LossParts, plain_loss
-from ..objectives.targets import HiddenTargets, Targets
+from ..objectives.targets import HiddenTargets, Kept, Targets
 from .state import Learner, TrainState
 
 # %% ../../nbs/training/03_step.ipynb #c013
@@ -131,10 +131,17 @@ def _expected(learner: Learner, targets: Targets | HiddenTargets | None, batch: 
     return taps.take()
 
 
+def _targets(learner: Learner, examples: list[Aligned]) -> Targets | HiddenTargets | None:
+    "The teacher's, where there is one."
+    if learner.ready:
+        return Kept.cat([learner.ready[a.id] for a in examples])
+    return learner.teacher(examples).to(learner.accelerator.device) if learner.teacher else None
+
+
 def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, shares: _Shares) -> LossParts:
     "Of one micro-batch: summed, not averaged."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
-    targets = learner.teacher(examples).to(accelerator.device) if learner.teacher else None
+    targets = _targets(learner, examples)
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
     finals = [a.final for a in examples]
     batch = pack(ids, n_answers, learner.pad_id, finals=finals).to(accelerator.device)
