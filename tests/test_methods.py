@@ -31,11 +31,12 @@ def test_two_steps(name, model, tmp_path):
     rows = Run(tmp_path).metrics()
     assert [row["step"] for row in rows] == [1, 2]
     loss = load_config(name).loss
+    assert ("policy" in rows[0]) == (loss.policy > 0)
     assert ("also" in rows[0]) == (load_config(name).answers.also != "none")
     for row in rows:
         want = loss.ce * row["ce"] + loss.weight * row.get("distill", 0)
         want += load_config(name).hidden.weight * row.get("hidden", 0)
-        want += load_config(name).answers.also_weight * row.get("also", 0)
+        want += load_config(name).answers.also_weight * row.get("also", 0) + row.get("policy", 0)
         assert row["loss"] == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
