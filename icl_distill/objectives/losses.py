@@ -110,6 +110,7 @@ SUMS = (
     "also",  # CE of what is learnt beside the answers, unweighted
     "also_positions",  # at how many
     "policy",  # loss.policy times the policy-gradient term
+    "policy_positions",  # at how many
 )
 
 
@@ -190,7 +191,7 @@ class _Terms:
         if self.distilled is not None:
             found |= self.distilled.sums(temperature)
         if isinstance(self.policy, Tensor):
-            found["policy"] = self.policy.sum()
+            found |= {"policy": self.policy.sum(), "policy_positions": len(self.policy)}
         if grads:
             found["diagnosed"] = len(self.ce)
             found["ce_grad_sq"] = _square(grads[0])
@@ -227,8 +228,8 @@ def loss_metrics(
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
     if x["hidden_positions"]:
         out["hidden"] = x["hidden"] / x["hidden_positions"]
-    if x["policy"]:
-        out["policy"] = x["policy"] / n
+    if x["policy_positions"]:
+        out["policy"] = x["policy"] / x["policy_positions"]
     if x["also_positions"]:
         out["also"] = x["also"] / x["also_positions"]
     if x["answers"]:
