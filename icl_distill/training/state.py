@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+# %% ../../nbs/training/02_state.ipynb #h0062b
 from icl_distill.core.checkpoints import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,

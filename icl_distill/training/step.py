@@ -137,7 +137,7 @@ def _targets(learner: Learner, examples: list[Aligned]) -> Targets | HiddenTarge
         return Kept.cat([learner.ready[a.id] for a in examples])
     return learner.teacher(examples).to(learner.accelerator.device) if learner.teacher else None
 
-
+# %% ../../nbs/training/03_step.ipynb #c015g
 def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, shares: _Shares) -> LossParts:
     "Of one micro-batch: summed, not averaged."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
