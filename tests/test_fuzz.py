@@ -550,12 +550,8 @@ def likely(kind):
 
 
 OF_A_MODEL = ("teacher.revision", "teacher.dtype", "teacher.device")
-NEED_ANOTHER = (
-    "answers.source",
-    "answers.n",
-    "answers.also",
-    *OF_A_MODEL,
-)  # a key without which they mean nothing
+OF_ANSWERS = ("answers.source", "answers.n", "answers.also", "answers.teacher_share")
+NEED_ANOTHER = (*OF_ANSWERS, "loss.policy", *OF_A_MODEL)  # a key without which they mean nothing
 
 
 @many(400)
