@@ -75,9 +75,9 @@ def config(run, *over):
     )
 
 
-def go(run, *over, base=None):
+def go(run, *over, base=None, task=TOY):
     "Train in this process; the last checkpoint's folder."
-    return train(config(run, *over), base or tiny_model(), real_tokenizer(), TOY, progress=False)
+    return train(config(run, *over), base or tiny_model(), real_tokenizer(), task, progress=False)
 
 
 def gradient_of(model):

@@ -506,6 +506,8 @@ def test_choices(key, values):
         if key in ("teacher.dtype", "teacher.device"):
             asked = ["teacher.model=a/b"]
         needs = {"regex": ["task.regex=x"], "text": ["context.text=x"], "student": ["loss.ce=0"]}
+        asked_teacher = ["answers.source=teacher", "task.questions_path=x.txt"]
+        needs |= {"rationale": ["loss.weight=0"], "prompt": ["loss.weight=0", *asked_teacher]}
         more = needs.get(v, asked)
         assert get(over(f"{key}={v}", *more), key) == v
     for bad in ("other", values[0] + "x", "", values[0].upper()):

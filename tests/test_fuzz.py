@@ -463,6 +463,7 @@ SAID = {  # what the words of a type promise
     "a finite number, 0 or more": lambda x: x >= 0,
     "a number, at least 0 and less than 1": lambda x: 0 <= x < 1,
     "a number greater than 0, and 1 at most": lambda x: 0 < x <= 1,
+    "a number from 0 to 1": lambda x: 0 <= x <= 1,
     BETWEEN_0_AND_1: lambda x: 0 < x < 1,
     "a list of some of 1, 2, 3": lambda x: bool(x) and set(x) <= {1, 2, 3},
     "a list of some of zero_shot, few_shot, N_shot (such as 4_shot), teacher": lambda x: all(
@@ -555,7 +556,8 @@ def likely(kind):
 
 
 OF_A_MODEL = ("teacher.revision", "teacher.dtype", "teacher.device")
-NEED_ANOTHER = ("answers.source", "answers.n", *OF_A_MODEL)  # a key without which they mean nothing
+OF_ANSWERS = ("answers.source", "answers.n", "answers.also", "answers.teacher_share")
+NEED_ANOTHER = (*OF_ANSWERS, "loss.policy", *OF_A_MODEL)  # a key without which they mean nothing
 
 
 @many(400)

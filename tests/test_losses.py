@@ -1,6 +1,7 @@
 "The losses: chunked equals plain, agreement with torch, the laws of the distillation term."
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def cases(draw):
         temperature=T,
         beta=draw(st.sampled_from([0.1, 0.5, 0.9])),
         tail=draw(st.booleans()),
+        policy=draw(st.sampled_from([0.0, 0.7])),
         chunk_size=draw(st.integers(1, 11)),
         label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1])),
         match_gradient=draw(st.sampled_from([False, False, True])),
@@ -73,6 +75,9 @@ def cases(draw):
     targets = draw(
         st.sampled_from([topk_targets(head(other), K, T), HiddenTargets(other, head), None])
     )
+    if targets is not None and draw(st.booleans()):
+        drawn = torch.randn(A, 2, generator=g, dtype=torch.float64) - torch.tensor([0.0, 3.0])
+        targets = replace(targets, drawn=drawn)
     return hidden, torch.randint(V, (A,), generator=g), head, targets, cfg
 
 

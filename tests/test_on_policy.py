@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers_training import TOY, config, equal, go, lines, steps_of
+from helpers_training import TOY, config, equal, go, gradient_of, lines, steps_of
 
 from icl_distill.core.runs import Run
 from icl_distill.data.examples import Question
@@ -107,6 +107,81 @@ def test_metrics_say_when_answers_do_not_end(tmp_path):
 
 REFUSED = ["loss.ce=1", "loss={weight: 0, ce: 1}", "teacher.cache=ram", "loss.tail=false"]
 REFUSED += ["loss.kind=centred_mse", "train.compile=true", "answers.n=2"]
+
+
+POLICY = ["loss={kind: reverse_kl, weight: 1, ce: 0, policy: 0.5}", "teacher.keep=hidden"]
+POLICY += ["answers={source: student, teacher_share: 0.2}", "evaluate.max_new_tokens=6"]
+POLICY += ["log_every=1", "schedule=constant", "lora.dropout=0"]
+
+
+def probabilities(model, ids, n):
+    "Of all tokens, log, at the positions that predict the last n."
+    return model(torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+
+
+def test_a_policy_step_is_the_naive_one(tmp_path, monkeypatch):
+    "Reverse KL over the whole vocabulary and PPO's term, from full logits of whole sequences."
+    steps, backward = [], loop.backward_step
+
+    def compared(learner, micro, diagnose):
+        model, few = learner.student.model, [a for m in micro for a in m]
+        singles, longs, gains, ratios = [], [], [], []
+        for a in few:
+            q = probabilities(model, a.student_ids, a.n_answer)
+            with torch.no_grad(), model.disable_adapter():
+                p = probabilities(model, a.teacher_ids, a.n_answer)
+            said = torch.tensor(a.answer_ids)[:, None]
+            q_y, p_y = q.gather(1, said)[:, 0], p.gather(1, said)[:, 0]
+            singles.append((q.exp() * (q - p)).sum(-1))
+            gain = (p_y - q_y).detach().tolist()
+            for t in range(len(gain)):
+                rest = [0.95**i * r for i, r in enumerate(gain[t + 1 :])]
+                gains.append(sum(rest) / max(1, len(rest)))
+            mixed = 0.2 * p_y.exp() + 0.8 * q_y.exp().detach()
+            ratios.append(q_y.exp() / mixed)
+        gains, ratios = torch.tensor(gains), torch.cat(ratios)
+        advantage = (gains - gains.mean()) / gains.std(correction=0)
+        longs = torch.minimum(advantage * ratios, advantage * ratios.clamp(0.8, 1.2))
+        want = (torch.cat(singles) - 0.5 * longs).mean()
+        naive = torch.autograd.grad(want, [p for p in model.parameters() if p.requires_grad])
+        sums = backward(learner, micro, diagnose)
+        torch.testing.assert_close(sums[0] / sums[3], want.detach(), rtol=1e-3, atol=1e-4)
+        ours = gradient_of(model)
+        torch.testing.assert_close(
+            ours, torch.cat([x.flatten() for x in naive]), rtol=2e-3, atol=1e-5
+        )
+        assert (ratios < 0.8).any() or (ratios > 1.2).any()  # some are clipped
+        steps.append(longs.abs().max())
+        return sums
+
+    monkeypatch.setattr(loop, "backward_step", compared)
+    go(tmp_path / "run", *POLICY, "steps=2", "lr=5e-2", "warmup_steps=0", base=talkative())
+    assert len(steps) == 2
+    for row in Run(tmp_path / "run").metrics():
+        assert row["loss"] == pytest.approx(row["distill"] + row["policy"], rel=1e-5)
+
+
+def test_an_interruption_of_a_policy_run_changes_nothing(tmp_path):
+    whole = go(tmp_path / "whole", *POLICY, "steps=2", base=talkative())
+    go(tmp_path / "cut", *POLICY, "steps=1", base=talkative())
+    cut = go(tmp_path / "cut", *POLICY, "steps=2", base=talkative())
+    assert equal(whole, cut) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ("answers.refresh=2", "answers.refresh=1"),
+        ("answers.temperature=0.5", "answers.temperature=1"),
+        ("answers.temperature=0", "temperature above 0"),
+        ("teacher.keep=topk", "teacher.keep=hidden"),
+        ("hidden.weight=1", "hidden.weight=0"),
+        ("answers.source=gold", "answers.source=student"),
+    ],
+)
+def test_a_policy_gradient_of_something_else_is_refused(tmp_path, change, word):
+    with raises(word):
+        config(tmp_path, *POLICY, change)
 
 
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):

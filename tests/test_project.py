@@ -19,11 +19,12 @@ ORDER = """
 core: files sections inputs objective schema config hub pace devices
 core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
-data: contexts templates prompts alignment encoding
-objectives: targets losses whole_vocabulary chunked_loss hidden_states
+data: contexts templates prompts also alignment encoding
+objectives: targets policy losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
-models: vllm_engine engines
-training: batches teachers fill whole_model state step on_policy trackers setup loop answers labels
+models: mixed_decoding vllm_engine engines
+training: batches teachers fill whole_model state step gains on_policy trackers setup loop answers
+training: reasons labels
 train
 evaluation: statistics draws over_seeds power conditions records shards scores tables seeds jobs
 evaluation: evaluate harness browse style arms plots figures grid study study_figure

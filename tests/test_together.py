@@ -160,3 +160,28 @@ def test_a_process_that_is_stuck(folder, tmp_path):
     stuck.resume()
     said = failed(process, "has not gone on for 3 s", "raise train.timeout")
     assert "process 0: step " in said and "process 1: step " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "over",
+    [
+        ["hidden={weight: 1, layers: [], positions: last_prompt, norm: l2}"],
+        ["teacher.keep=hidden", "teacher.cache=disk", "loss.kind=forward_kl"],
+        ["answers.also=rationale", "loss={weight: 0, ce: 0.5}", "task.name=word_problems"],
+    ],
+    ids=["states", "last_states", "rationales"],
+)
+def test_two_processes_take_the_steps_of_one(folder, tmp_path, over):
+    "The same examples a step, in one process or shared by two: the same numbers."
+    rows = []
+    for name, size, launcher in (("one", 4, "-m icl_distill.train"), ("two", 2, TORCHRUN)):
+        given = [*over, f"batch_size={size}", "accumulation=1", "steps=3", "save_every=3"]
+        given += ["lora.dropout=0", "log_every=1"]
+        code, said = finish(start(launcher, *arguments(folder, tmp_path / name, *given)))
+        assert code == 0, said
+        rows.append(Run(tmp_path / name).metrics())
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key

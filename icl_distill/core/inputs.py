@@ -254,6 +254,9 @@ class AnswersConfig(Section):
         True, "n > 1: one answer a question, of the most frequent value; false: all are trained on"
     )
     refresh: PositiveInt = setting(1, "student: steps before it answers anew")
+    teacher_share: Fraction = setting(
+        0.0, "student: the teacher's share of the distribution that each token is drawn from"
+    )
     labeller_steps: PositiveInt = setting(
         20, "agreed: steps of SFT on the shots that make the second labeller"
     )
@@ -262,6 +265,12 @@ class AnswersConfig(Section):
         True, "agreed: below min_agreement, train on all of the teacher's answers; false: stop"
     )
     shot_repeats: Count = setting(4, "how often each shot stands among the answered questions")
+    also: Literal["none", "rationale", "prompt"] = setting(
+        "none",
+        "learnt beside an answer, by CE: the steps before its ####, which are then no part of it; "
+        "or the prompt behind it and a reason",
+    )
+    also_weight: AtLeast0 = setting(0.5, "of that term; the answer's own is loss.ce")
 
     @property
     def drawn_at(self) -> float:
@@ -279,4 +288,28 @@ class AnswersConfig(Section):
             )
         if self.n > 1 and self.source == "student":
             raise disagree("answers.source 'student' answers each question once: set answers.n=1")
+        return self
+
+    @model_validator(mode="after")
+    def _two_draw_together(self):
+        if self.teacher_share and (self.source != "student" or not self.drawn_at):
+            raise disagree(
+                f"answers.teacher_share={self.teacher_share:g} mixes the distributions that the "
+                "student's own answers are drawn from: set answers.source=student and a "
+                "temperature above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_stands_beside(self):
+        if self.also != "none" and self.source == "student":
+            raise disagree(
+                f"answers.also={self.also} is learnt beside given answers, and answers.source is "
+                "'student': choose another source"
+            )
+        if self.also == "prompt" and (self.source == "gold" or self.n > 1):
+            raise disagree(
+                "answers.also=prompt compares the prompted teacher's one answer with the bare "
+                "model's: set answers.source to teacher or agreed, and answers.n=1"
+            )
         return self

@@ -34,6 +34,11 @@ METRICS = {  # name: (meaning, in a healthy run)
     "lr": ("learning rate of the step", "rises over the warm-up, then as `train.schedule` says"),
     "n_answer_tokens": ("answer tokens since the line before", "about the same in each line"),
     "hidden": ("distance of hidden states (`hidden.weight` > 0)", "falls"),
+    "policy": (
+        "the policy-gradient term, weighed (`loss.policy`)",
+        "near 0: advantages are centred",
+    ),
+    "also": ("cross-entropy of what is learnt beside the answers (`answers.also`)", "falls"),
     "answer_tokens": (
         "tokens in an answer of the student's own (`answers.source: student`)",
         "comes near the teacher's; growing without end is a bad sign",

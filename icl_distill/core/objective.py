@@ -32,6 +32,7 @@ Beta = Annotated[
     Field(gt=0, lt=1),
     Must("a number strictly between 0 and 1 (for its two ends choose forward_kl or reverse_kl)"),
 ]
+Discount = Annotated[float, Field(ge=0, le=1), Must("a number from 0 to 1")]
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Must("a list of whole numbers")]
 
 # %% ../../nbs/core/03_objective.ipynb #sc017
@@ -94,6 +95,10 @@ class LossConfig(Section):
     tail: Switch = setting(
         True, "KL family: the rest of the vocabulary as one bucket; or renormalise"
     )
+    policy: AtLeast0 = setting(
+        0.0, "own answers: weight of a policy gradient, for what comes after a token"
+    )
+    discount: Discount = setting(0.95, "policy: of what comes a token later")
     chunk_size: PositiveInt = setting(256, "answer positions whose logits exist at once")
 
     @model_validator(mode="after")

@@ -121,7 +121,53 @@ class EvaluateConfig(Section):
     shard: Shard | None = setting(None, "i/n: only the i-th of n parts; records merge by item")
     output: Text | None = setting(None, "the results file; default: in the run's folder")
 
-# %% ../../nbs/core/03_schema.ipynb #sc024b
+# %% ../../nbs/core/03_schema.ipynb #sc024c
+def _check_own_answers(cfg: "Config"):
+    "Raises where the student could not learn from its own answers."
+    if cfg.loss.ce or not cfg.has_teacher:
+        raise disagree(
+            "answers.source is 'student', which learns from the teacher alone: set loss.ce=0 "
+            "and a loss.weight above 0"
+        )
+    if cfg.teacher.cache != "off":
+        raise disagree(
+            "answers.source is 'student', whose answers are new each time: "
+            "teacher.cache must be off"
+        )
+    blind = cfg.loss.kind.endswith("_mse") or not (cfg.loss.tail or cfg.loss.kind == "mse")
+    if blind and cfg.teacher.keep == "topk":
+        raise disagree(
+            "answers.source is 'student', which could leave the teacher's top K unpunished: "
+            "set loss.tail=true and a loss.kind other than centred_mse and standardised_mse, "
+            "or teacher.keep=hidden"
+        )
+    if cfg.train.compile:
+        raise disagree(
+            "answers.source is 'student', whose answers grow by a token at a time, each of "
+            "which would be compiled anew: train.compile must be false"
+        )
+
+# %% ../../nbs/core/03_schema.ipynb #sc024d
+def _check_policy(cfg: "Config"):
+    "Raises where a policy gradient would be of something else than what was drawn."
+    needs = {
+        "answers.source=student": cfg.answers.source == "student",
+        "answers.temperature=1": cfg.answers.drawn_at == 1,
+        "answers.refresh=1": cfg.answers.refresh == 1,
+        "teacher.keep=hidden": cfg.teacher.keep == "hidden",
+        "loss.weight above 0": cfg.loss.weight > 0,
+        "hidden.weight=0": not cfg.hidden.weight,
+        "loss.label_smoothing=0": not cfg.loss.label_smoothing,
+        "loss.match_gradient=false": not cfg.loss.match_gradient,
+        "an adapter (lora)": cfg.lora is not None,
+    }
+    if missing := [key for key, is_so in needs.items() if not is_so]:
+        raise disagree(
+            f"loss.policy={cfg.loss.policy:g} is a policy gradient of answers that the student has "
+            f"just drawn, each token judged by the whole vocabulary: set {', '.join(missing)}"
+        )
+
+# %% ../../nbs/core/03_schema.ipynb #sc024bx
 def check_weights(cfg: Any):  # a `Config`
     "Raises where the weights cannot be trained as the other keys say."
     quantised, whole = cfg.model.quantization, cfg.lora is None
@@ -141,7 +187,7 @@ def check_weights(cfg: Any):  # a `Config`
             "not with lora=null; choose gold or teacher"
         )
 
-# %% ../../nbs/core/03_schema.ipynb #sc024c
+# %% ../../nbs/core/03_schema.ipynb #sc024cx
 def check_teacher(cfg: Any):  # a `Config`
     "Raises for keys of a teacher with weights of its own where it has none."
     told = dict(revision=cfg.teacher.revision, dtype=cfg.teacher.dtype, device=cfg.teacher.device)
@@ -234,31 +280,20 @@ class Config(Section):
         )
 
     @model_validator(mode="after")
-    def _own_answers_need_a_teacher(self):
-        if self.answers.source != "student":
-            return self
-        if self.loss.ce or not self.has_teacher:
+    def _besides_there_is_no_teacher(self):
+        if self.answers.also != "none" and self.has_teacher:
             raise disagree(
-                "answers.source is 'student', which learns from the teacher alone: set loss.ce=0 "
-                "and a loss.weight above 0"
+                f"answers.also={self.answers.also} is learnt by CE alone: set loss.weight=0 and "
+                "hidden.weight=0"
             )
-        if self.teacher.cache != "off":
-            raise disagree(
-                "answers.source is 'student', whose answers are new each time: "
-                "teacher.cache must be off"
-            )
-        blind = self.loss.kind.endswith("_mse") or not (self.loss.tail or self.loss.kind == "mse")
-        if blind and self.teacher.keep == "topk":
-            raise disagree(
-                "answers.source is 'student', which could leave the teacher's top K unpunished: "
-                "set loss.tail=true and a loss.kind other than centred_mse and standardised_mse, "
-                "or teacher.keep=hidden"
-            )
-        if self.train.compile:
-            raise disagree(
-                "answers.source is 'student', whose answers grow by a token at a time, each of "
-                "which would be compiled anew: train.compile must be false"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_answers_fit(self):
+        if self.answers.source == "student":
+            _check_own_answers(self)
+        if self.loss.policy:
+            _check_policy(self)
         return self
 
 # %% ../../nbs/core/03_schema.ipynb #sc029

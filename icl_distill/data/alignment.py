@@ -31,6 +31,7 @@ class Aligned:
     n_answer: int  # answer tokens, end-of-turn included
     context_key: str = ""  # which context the teacher read
     final: int = 0  # answer tokens before its final answer, where that is asked for
+    also: bool = False  # is it what is learnt beside the answer of that id?
 
     @property
     def answer_ids(self) -> list[int]:

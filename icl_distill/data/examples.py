@@ -24,6 +24,8 @@ class Example:
     answer: str
     where: str = field(default="", compare=False, repr=False)  # file and line, for messages
     system: str = field(default="", repr=False)  # of its row; belongs into `prompt.system`
+    also: tuple[str, str] | None = field(default=None, repr=False)
+    "A question and an answer that are learnt beside it."
 
 # %% ../../nbs/data/01_examples.ipynb #ex01c
 @dataclass(frozen=True)

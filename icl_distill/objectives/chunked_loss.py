@@ -23,6 +23,7 @@ from icl_distill.objectives.losses import (
     _Terms,
     distill_loss,
 )
+from .policy import policy_terms
 from .targets import Head, HiddenTargets, Targets, _wide, topk_targets
 from .whole_vocabulary import whole_terms_
 
@@ -76,6 +77,7 @@ class _Powers:
     cold_sum: Tensor  # (a,)
     hot: Tensor  # (a,V) exp((x-max)/T); the same tensor where T is 1
     hot_sum: Tensor  # (a,)
+    of_ce: Tensor | float  # CE's weight, (a,) where it differs by position
     ids: Tensor | None = None  # (a,K) int64
     by_values: Tensor | None = None  # (a,K) of λ times distillation
     by_logz: Tensor | None = None  # (a,)
@@ -95,7 +97,7 @@ def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     if targets is None:
         z, logz = _exp_(x)
         ce = logz - at_label
-        return _Terms(ce, cfg.ce * ce), _Powers(x, z, x, z)
+        return _Terms(ce, cfg.ce * ce), _Powers(x, z, x, z, cfg.ce)
     ids = targets.ids.long()
     values = x.gather(1, ids)
     hot = x / cfg.temperature if cfg.temperature != 1 else x
@@ -103,15 +105,17 @@ def _forward_(x: Tensor, job: _Job) -> tuple[_Terms, _Powers]:
     hot_z, hot_logz = (z, logz) if hot is x else _exp_(hot)
     ce = logz - at_label
     distilled, by_values, by_logz = _distill(values, hot_logz, targets, job)
-    terms = _Terms(ce, cfg.ce * ce + cfg.weight * distilled.loss, distilled)
-    return terms, _Powers(x, z, hot, hot_z, ids, by_values, by_logz)
+    policy, slope = policy_terms(ce, targets, cfg)
+    total = cfg.ce * ce + cfg.weight * distilled.loss + policy
+    terms = _Terms(ce, total, distilled, policy)
+    return terms, _Powers(x, z, hot, hot_z, cfg.ce + slope, ids, by_values, by_logz)
 
 # %% ../../nbs/objectives/03_chunked_loss.ipynb #ch07b
 def _backward_(p: _Powers, job: _Job) -> list[Tensor]:
     "Gradients at the logits, written over `p.cold`: of all, or CE's and distillation's apart."
     y, smoothing = job.labels[:, None], job.cfg.ce * job.cfg.label_smoothing
     # what CE and distillation want of every logit, per exp(x-max)
-    every = job.cfg.ce / p.cold_sum[:, None]
+    every = (p.of_ce / p.cold_sum)[:, None]
     also: Tensor | float = 0.0
     if p.by_logz is not None:
         also = (p.by_logz / (p.hot_sum * job.cfg.temperature))[:, None]
@@ -120,7 +124,7 @@ def _backward_(p: _Powers, job: _Job) -> list[Tensor]:
     of_ce = p.cold.mul_(every if own else every + also)
     if smoothing:
         of_ce.sub_(smoothing / of_ce.shape[-1])
-    of_ce.scatter_add_(1, y, torch.full_like(y, smoothing - job.cfg.ce, dtype=of_ce.dtype))
+    of_ce.scatter_add_(1, y, smoothing - (p.of_ce * torch.ones_like(p.cold_sum))[:, None])
     if p.ids is not None and p.by_values is not None:
         of_distill.scatter_add_(1, p.ids, p.by_values)
     if not own:
@@ -200,7 +204,7 @@ class _WholeTeacher:
     def __call__(self, x: Tensor, job: _Job) -> tuple[list[Tensor], _Terms]:
         assert isinstance(job.targets, HiddenTargets)
         t = self.head.logits(job.targets.states, gradient=False)
-        terms = whole_terms_(x, t, job.labels, job.cfg, job.gradient)
+        terms = whole_terms_(x, t, job.labels, job.cfg, job.gradient, job.targets)
         if not job.gradient:
             return [], terms
         return [x, t] if job.apart else [x.add_(t)], terms

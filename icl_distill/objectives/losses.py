@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.config import LossConfig, replace
 from ..core.files import InputError
+from .policy import policy_loss
 from .targets import Head, HiddenTargets, Kept, Targets, _wide, topk_targets
 
 # %% ../../nbs/objectives/02_losses.ipynb #c015
@@ -119,6 +120,10 @@ SUMS = (
     "truncated",  # those of them that reached the limit
     "hidden",  # distances of states, unweighted
     "hidden_positions",  # at how many
+    "also",  # CE of what is learnt beside the answers, unweighted
+    "also_positions",  # at how many
+    "policy",  # loss.policy times the policy-gradient term
+    "policy_positions",  # at how many
 )
 
 
@@ -183,6 +188,7 @@ class _Terms:
     ce: Tensor  # (a,)
     total: Tensor  # (a,) w·CE + λ·distillation
     distilled: _Distilled | _Whole | None = None
+    policy: Tensor | float = 0.0  # (a,) of the total
 
     def sums(
         self,
@@ -197,6 +203,8 @@ class _Terms:
         }
         if self.distilled is not None:
             found |= self.distilled.sums(temperature)
+        if isinstance(self.policy, Tensor):
+            found |= {"policy": self.policy.sum(), "policy_positions": len(self.policy)}
         if grads:
             found["diagnosed"] = len(self.ce)
             found["ce_grad_sq"] = _square(grads[0])
@@ -233,6 +241,10 @@ def loss_metrics(
         out["distill_grad_norm"] = math.sqrt(x["distill_grad_sq"]) / n_diagnosed
     if x["hidden_positions"]:
         out["hidden"] = x["hidden"] / x["hidden_positions"]
+    if x["policy_positions"]:
+        out["policy"] = x["policy"] / x["policy_positions"]
+    if x["also_positions"]:
+        out["also"] = x["also"] / x["also_positions"]
     if x["answers"]:
         out["answer_tokens"] = n / x["answers"]
         out["truncated"] = x["truncated"] / x["answers"]
@@ -301,18 +313,20 @@ def plain_loss(
 
     Raises `InputError` where the numbers of rows differ."""
     _check_shapes(hidden, labels, targets)
+    drawn = None if targets is None else targets.drawn
     if isinstance(targets, HiddenTargets):
         targets, cfg = _whole_rows(targets, cfg)
     logits = _wide(head(hidden))
     ce = _cross_entropy(logits, labels, cfg)
-    weighted, also = cfg.ce * ce, None
-    terms = _Terms(ce, weighted)
+    policy = cfg.policy * policy_loss(ce, drawn) if cfg.policy and drawn is not None else 0.0
+    weighted, also = cfg.ce * ce + policy, None
+    terms = _Terms(ce, weighted, policy=policy)
     if targets is not None:
         distilled = _distilled(logits, targets, cfg)
         also = cfg.weight * distilled.loss
         if cfg.match_gradient:
             also = also * _matched(logits, labels, targets, cfg)
-        terms = _Terms(ce, weighted + also, distilled)
+        terms = _Terms(ce, weighted + also, distilled, policy)
     grads = None
     if diagnose and terms.total.requires_grad:
         grads = (_grad(weighted, hidden), None if also is None else _grad(also, hidden))

@@ -7,7 +7,7 @@ __all__ = ['Rows', 'scale_and_cap', 'Head', 'Kept', 'Targets', 'topk_targets', '
 
 # %% ../../nbs/objectives/01_targets.ipynb #ta03
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 import torch
@@ -54,6 +54,9 @@ Rows = TypeVar("Rows", bound="Kept")
 @dataclass
 class Kept:
     "What is kept of a teacher at A answer positions: tensors with a row for each."
+
+    drawn: Tensor | None = field(default=None, kw_only=True)
+    "(A,2) of a drawn token: its advantage, and the log-probability with which it was drawn."
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.config import LossConfig
 from .losses import _pull, _standardised, _Terms, _Whole
+from .policy import policy_terms
+from .targets import Kept
 
 # %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv07
 def divergence_(
@@ -76,22 +78,28 @@ def whole_terms_(
     labels: Tensor,  # (a,) int64
     cfg: LossConfig,
     gradient: bool,
+    kept: Kept | None = None,  # `a` positions: of drawn tokens, perhaps
 ) -> _Terms:
     "The loss at `a` positions."
-    n = max(1, BLOCK // x.shape[-1])
-    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), strict=True)
+    n, own = max(1, BLOCK // x.shape[-1]), kept if kept and kept.drawn is not None else None
+    some = [own.rows(i, i + n) if own else None for i in range(0, len(x), n)]
+    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), some, strict=True)
     rows = [_block_(*block, cfg, gradient) for block in blocks]
-    ce, d, pull, mse, shift = (torch.cat(each) for each in zip(*rows, strict=True))
-    return _Terms(ce, cfg.ce * ce + cfg.weight * pull * d, _Whole(d, mse, shift))
+    ce, d, pull, mse, shift, policy = (torch.cat(each) for each in zip(*rows, strict=True))
+    total = cfg.ce * ce + cfg.weight * pull * d + policy
+    return _Terms(ce, total, _Whole(d, mse, shift), policy if own else 0.0)
 
 
-def _block_(x: Tensor, t: Tensor, y: Tensor, cfg: LossConfig, gradient: bool) -> tuple:
-    "CE, distillation, the factor that matches it, raw MSE and shift of a few rows, (a,) each."
+def _block_(
+    x: Tensor, t: Tensor, y: Tensor, kept: Kept | None, cfg: LossConfig, gradient: bool
+) -> tuple:
+    "CE, distillation, its factor, raw MSE, shift and policy term of a few rows, (a,) each."
     delta, smoothing = x - t, cfg.label_smoothing
     mse, shift = delta.square_().mean(-1), (x.mean(-1) - t.mean(-1)).square()
     d = divergence_(x, t, cfg)
     logz = x.logsumexp(-1, keepdim=True)
     ce = (logz - (1 - smoothing) * x.gather(1, y))[:, 0] - smoothing * x.mean(-1)
+    policy, slope = policy_terms(ce, kept, cfg)
     pull = torch.ones_like(d)
     if gradient or cfg.match_gradient:
         x.sub_(logz).exp_().sub_(smoothing / x.shape[-1])
@@ -99,5 +107,5 @@ def _block_(x: Tensor, t: Tensor, y: Tensor, cfg: LossConfig, gradient: bool) ->
         if cfg.match_gradient:
             pull = _pull(x, t)
         t.mul_(cfg.weight * pull[:, None])
-        x.mul_(cfg.ce)
-    return ce, d, pull, mse, shift
+        x.mul_(((cfg.ce + slope) * pull.new_ones(len(pull)))[:, None])
+    return ce, d, pull, mse, shift, policy * torch.ones_like(ce)

@@ -22,9 +22,10 @@ from ..core.files import InputError, digest
 from ..core.hub import load_model_config, tokenizer_hash
 from ..core.pace import say
 from ..data.alignment import POSITIONS, Aligned, Limit, align, limits_of, with_final
+from ..data.also import also_prompter, with_rationale
 from ..data.contexts import Context, Contexts
 from ..data.encoding import by_pieces
-from ..data.examples import ScoringRule, with_wrong_answers
+from ..data.examples import Example, ScoringRule, with_wrong_answers
 from ..data.prompts import Prompter
 from ..data.tasks import Task
 from ..models.loading import positions_of
@@ -77,13 +78,14 @@ class Data:
     prefixes: dict[str, list[int]]  # ids shared by all prompts of a context, by its key
     left_out: dict  # what is not trained on, and why
     key: str = ""  # of all that it was encoded from
+    also: list[Aligned] = field(default_factory=list)  # beside answers, under their ids
     kept: bool = field(default=False, compare=False)  # does it stand in the run's folder already?
 
     @property
     def hash(self) -> str:  # 16 hexadecimal digits
         "Of all that a step can see; a checkpoint remembers it."
         found = hashlib.sha256()
-        for a in self.aligned:
+        for a in self.aligned + self.also:
             found.update(f"{a.id} {a.n_answer} {a.student_ids} {a.teacher_ids}".encode())
         return found.hexdigest()[:16]
 
@@ -93,8 +95,10 @@ class Data:
         size: int,  # examples per step
         seed: int,
     ) -> list[Aligned]:
-        "The examples of one optimiser step, as `step_indices` draws them."
-        return [self.aligned[i] for i in step_indices(step, size, len(self.aligned), seed)]
+        "The examples of one optimiser step, as `step_indices` draws them, and what is beside them."
+        drawn = [self.aligned[i] for i in step_indices(step, size, len(self.aligned), seed)]
+        beside = {a.id: a for a in self.also}
+        return drawn + [beside[a.id] for a in drawn if a.id in beside]
 
 # %% ../../nbs/training/01_batches.ipynb #k009
 def complaints(
@@ -130,10 +134,10 @@ def all_too_long(
     limits: list[Limit],
 ) -> str:  # a message
     "Everything that does not fit: how many, the longest by name, and what to do."
-    count = len(complaints(aligned, limits))
+    count, total = len(complaints(aligned, limits)), len({a.id for a in aligned})
     found = "".join(_beyond(aligned, limit) for limit in limits)
     return (
-        f"{count} of {len(aligned)} training examples do not fit{found}. Raise the limit, or set "
+        f"{count} of {total} training examples do not fit{found}. Raise the limit, or set "
         "prompt.too_long=drop to leave such examples out"
     )
 
@@ -144,6 +148,15 @@ def _contexts(cfg: Config, task: Task) -> Contexts | None:
     if cfg.has_teacher or reserving:
         return Contexts(cfg.context, task.shots or task.train)
     return None
+
+
+def _beside(cfg: Config, prompter: Prompter, examples: list[Example]) -> list[Aligned]:
+    "What is learnt beside their answers, where there is something."
+    if cfg.answers.also == "none":
+        return []
+    prompter = also_prompter(prompter, cfg.answers.also)
+    texts = [Example(e.id, *e.also) for e in examples if e.also]
+    return [replace(align(prompter, Context(), text, limits=()), also=True) for text in texts]
 
 
 def _limits(cfg: Config, positions: int | None) -> list[Limit]:
@@ -171,14 +184,16 @@ def prepare(
     reserved = contexts.reserved if contexts else frozenset()
     usable = [e for e in task.train if e.id not in reserved]
     usable = with_wrong_answers(usable, cfg.task.wrong_share, cfg.task.seed)
+    if cfg.answers.also == "rationale":
+        usable = [with_rationale(e) for e in usable]
     faster = by_pieces(prompter)
     with tqdm(usable, desc="encoding examples", disable=not progress, leave=False) as bar:
         aligned = [align(faster, read(e) if read else Context(), e, limits=()) for e in bar]
-    limits = _limits(cfg, positions)
-    too_long = complaints(aligned, limits)
+    also, limits = _beside(cfg, prompter, usable), _limits(cfg, positions)
+    too_long = complaints(aligned + also, limits)
     if too_long and cfg.prompt.too_long == "error":
-        raise InputError(all_too_long(aligned, limits))
-    aligned = [a for a in aligned if a.id not in too_long]
+        raise InputError(all_too_long(aligned + also, limits))
+    aligned, also = ([a for a in some if a.id not in too_long] for some in (aligned, also))
     if not aligned:
         raise InputError(
             f"no training example is left: {len(reserved)} are reserved as shots, "
@@ -189,7 +204,7 @@ def prepare(
         aligned = [with_final(prompter.tok, a, rule) for a in aligned]
     prefixes = {c.key: prompter.shared_prefix(c) for c in read.shared} if read else {}
     left_out = {"shots_of_the_shared_context": sorted(reserved), "too_long": too_long}
-    return Data(aligned, prefixes, left_out)
+    return Data(aligned, prefixes, left_out, also=also)
 
 # %% ../../nbs/training/01_batches.ipynb #k013
 _ELSEWHERE = {"run", "lora", "train", "evaluate"}  # sections that the ids do not depend on
@@ -203,7 +218,7 @@ def encoding_key(
 ) -> str:  # 16 hexadecimal digits
     "A hash of all that `prepare` looks at."
     asked = cfg.model_dump(mode="json", exclude=_ELSEWHERE)
-    examples = [list(map(repr, some)) for some in (task.train, task.shots)]
+    examples = [[repr((e, e.also)) for e in some] for some in (task.train, task.shots)]
     scoring = (task.extract, task.regex)
     return digest([tokenizer_hash(prompter.tok), asked, scoring, positions, examples])
 
@@ -219,7 +234,7 @@ def keep_data(
     from pyarrow import parquet
 
     about = json.dumps({"key": data.key, "prefixes": data.prefixes, "left_out": data.left_out})
-    table = pyarrow.Table.from_pylist([vars(a) for a in data.aligned])
+    table = pyarrow.Table.from_pylist([vars(a) for a in data.aligned + data.also])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         parquet.write_table(table.replace_schema_metadata({"icl_distill": about}), beside)
@@ -246,8 +261,9 @@ def kept_data(
         return None
     if about["key"] != key:
         return None
-    aligned = [Aligned(**row) for row in table.to_pylist()]
-    return Data(aligned, about["prefixes"], about["left_out"], key, kept=True)
+    rows = [Aligned(**row) for row in table.to_pylist()]
+    aligned, also = ([a for a in rows if a.also == beside] for beside in (False, True))
+    return Data(aligned, about["prefixes"], about["left_out"], key, also, kept=True)
 
 # %% ../../nbs/training/01_batches.ipynb #k018
 def prepare_or_read(

@@ -14,9 +14,11 @@ from ..data.alignment import Aligned
 from ..data.examples import Example
 from ..data.prompts import Prompter
 from ..data.tasks import Task
-from ..models.decoding import Sampling
+from ..models.decoding import Completion, Sampling, completion
 from ..models.generation import TransformersEngine
+from ..models.mixed_decoding import Reader, mixed_answers
 from ..objectives.losses import SUMS
+from .gains import judged
 from .state import TrainState
 
 # %% ../../nbs/training/08_on_policy.ipynb #op007
@@ -97,23 +99,48 @@ class OwnAnswers:
         said = state.own_answers[state.step]
         state.sums[SUMS.index("answers")] += len(said)
         state.sums[SUMS.index("truncated")] += sum(ids[-1] != self.end for ids in said)
-        return [with_answer(*pair) for pair in zip(asked, said, strict=True)]
+        examples = [with_answer(*pair) for pair in zip(asked, said, strict=True)]
+        if state.config.loss.policy:
+            state.learner.ready = judged(state.config, state.learner, state.model, examples)
+        return examples
 
     def _block(self, state: TrainState) -> dict[int, list[list[int]]]:  # step -> answers' ids
         "Answers for the steps up to the next refresh, by the student as it is now."
         cfg, size = state.config, state.batch_size
         steps = range(state.step, state.step + cfg.answers.refresh)
         asked = [(step, a) for step in steps for a in state.data.batch(step, size, cfg.seed)]
-        prompts = [a.student_ids[: -a.n_answer] for _, a in asked]
         sampling = None
         if temperature := cfg.answers.drawn_at:
             seeds = [answer_seed(cfg.seed, step, a.id) for step, a in asked]
             sampling = Sampling(temperature, seeds)
-        limit = cfg.evaluate.max_new_tokens
-        adapter = "default" if cfg.lora else None
-        said = dict(self.engine.generate(prompts, adapter, limit, sampling=sampling))
+        say = self._together if cfg.answers.teacher_share else self._alone
+        said = say(state, [a for _, a in asked], sampling)
         # which token ended it is all one: what stands behind it is never read
-        ids = {i: c.ids if c.truncated else [*c.ids, self.end] for i, c in said.items()}
-        return {
-            step: [ids[number * size + i] for i in range(size)] for number, step in enumerate(steps)
-        }
+        ids = [c.ids if c.truncated else [*c.ids, self.end] for c in said]
+        return {step: ids[number * size : (number + 1) * size] for number, step in enumerate(steps)}
+
+    def _alone(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
+        "By the student."
+        prompts = [a.student_ids[: -a.n_answer] for a in asked]
+        limit = state.config.evaluate.max_new_tokens
+        said = dict(self.engine.generate(prompts, "default", limit, sampling=sampling))
+        return [said[i] for i in range(len(asked))]
+
+    def _together(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
+        "By the student and the teacher, a batch of rows after the other."
+        cfg, out, teacher = state.config, [], state.learner.teacher
+        assert teacher is not None, "loss.weight is above 0"
+        for start in range(0, len(asked), self.engine.batch_size):
+            some = slice(start, start + self.engine.batch_size)
+            rows = [
+                (a.student_ids[: -a.n_answer], a.teacher_ids[: -a.n_answer]) for a in asked[some]
+            ]
+            out += mixed_answers(
+                Reader(state.model, "default", [row for row, _ in rows]),
+                Reader(teacher.model, None, [row for _, row in rows]),
+                cfg.answers.teacher_share,
+                dataclasses.replace(sampling, seeds=sampling.seeds[some]),
+                self.engine.stop_ids,
+                cfg.evaluate.max_new_tokens,
+            )
+        return [completion(self.engine.tok, ids, self.engine.stop_ids) for ids in out]

@@ -197,6 +197,7 @@ def assemble(
         say(cost_text(model))
     head = _head(model, cfg, accelerator.is_main_process)
     learner = Learner(Student(model), None, head, accelerator, cfg.loss, tok.pad_token_id)
+    learner.also_weight = cfg.answers.also_weight if cfg.answers.also != "none" else 0.0
     if cfg.hidden.weight:
         learner.hidden, learner.taps = cfg.hidden, Taps(body_of(model), cfg.hidden)
     optimizer = _optimizer(model, cfg)

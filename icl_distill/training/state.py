@@ -49,6 +49,7 @@ from ..data.prompts import Prompter
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.losses import SUMS
+from ..objectives.targets import HiddenTargets
 from .batches import Data
 from .teachers import TeacherWeights
 from .whole_model import read_weights
@@ -66,6 +67,9 @@ class Learner:
     pad_id: int  # fills up batches
     hidden: HiddenConfig = field(default_factory=HiddenConfig)  # how states are compared
     taps: Taps | None = None  # gather the states; None: they are not compared
+    also_weight: float = 0.0  # of what is learnt beside the answers
+    ready: dict[str, HiddenTargets] = field(default_factory=dict)
+    "By example, what the teacher was asked for before the step; none: it is asked in the step."
 
 # %% ../../nbs/training/02_state.ipynb #s007
 @dataclass

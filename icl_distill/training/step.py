@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from ..models.taps import compared
 from ..objectives.chunked_loss import chunked_loss
 from ..objectives.hidden_states import state_distance
 from ..objectives.losses import SUMS, Head, LossParts, plain_loss
-from ..objectives.targets import HiddenTargets, Targets
+from ..objectives.targets import HiddenTargets, Kept, Targets
 from .state import Learner, TrainState
 
 # %% ../../nbs/training/03_step.ipynb #c013
@@ -61,12 +62,34 @@ def _total(learner: Learner, mine: int) -> float:
     return learner.accelerator.reduce(count, "sum").item()
 
 
-def _answer_tokens(micro: list[list[Aligned]], learner: Learner) -> float:
+def _answer_tokens(micro: list[list[Aligned]], also: bool = False) -> int:
+    "How many this process has in this step; `also`: of the texts beside the answers."
+    return sum(a.n_answer for m in micro for a in m if a.also == also)
+
+
+def _all_answer_tokens(micro: list[list[Aligned]], learner: Learner) -> float:
     "How many all processes together have in this step. Raises `InputError` where there is none."
-    n = _total(learner, sum(a.n_answer for m in micro for a in m))
+    n = _total(learner, _answer_tokens(micro))
     if not n:
         raise InputError("a batch without a single answer token: there is nothing to learn from it")
     return n
+
+# %% ../../nbs/training/03_step.ipynb #c015b
+@dataclass(frozen=True)
+class _Shares:
+    "Answer tokens of a step, of all processes together, for each…"
+
+    state: float = 1.0  # position at which states are compared
+    also: float = 0.0  # token of the texts beside the answers
+
+
+def _shares(learner: Learner, micro: list[list[Aligned]], n: float) -> _Shares:
+    state, also = 1.0, 0.0
+    if learner.taps and learner.hidden.positions != "answer":
+        state = n / _total(learner, sum(map(len, micro)))
+    if learner.also_weight and (beside := _total(learner, _answer_tokens(micro, also=True))):
+        also = n / beside
+    return _Shares(state, also)
 
 # %% ../../nbs/training/03_step.ipynb #c015d
 def _add_hidden(
@@ -84,6 +107,19 @@ def _add_hidden(
     sums[SUMS.index("hidden_positions")] += len(distances)
     return LossParts(parts.total + term, sums)
 
+# %% ../../nbs/training/03_step.ipynb #c015d3
+def _with_also(
+    parts: LossParts,  # of the answers
+    also: LossParts,  # of what is beside them: its CE
+    weight: float,  # of each of its tokens
+) -> LossParts:
+    "Both together."
+    sums = parts.sums.clone()
+    sums[SUMS.index("total")] += weight * also.sums[SUMS.index("total")]
+    sums[SUMS.index("also")] += also.sums[SUMS.index("ce")]
+    sums[SUMS.index("also_positions")] += also.sums[SUMS.index("positions")]
+    return LossParts(parts.total + weight * also.total, sums)
+
 # %% ../../nbs/training/03_step.ipynb #c015f
 def _expected(learner: Learner, targets: Targets | HiddenTargets | None, batch: Packed):
     "The teacher's states (P,L',D): those its pass has left, or the last ones, which were kept."
@@ -95,10 +131,17 @@ def _expected(learner: Learner, targets: Targets | HiddenTargets | None, batch: 
     return taps.take()
 
 
-def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: float) -> LossParts:
-    "Of one micro-batch: summed, not averaged. `share`: answer tokens for each compared state."
+def _targets(learner: Learner, examples: list[Aligned]) -> Targets | HiddenTargets | None:
+    "The teacher's, where there is one."
+    if learner.ready:
+        return Kept.cat([learner.ready[a.id] for a in examples])
+    return learner.teacher(examples).to(learner.accelerator.device) if learner.teacher else None
+
+# %% ../../nbs/training/03_step.ipynb #c015g
+def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, shares: _Shares) -> LossParts:
+    "Of one micro-batch: summed, not averaged."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
-    targets = learner.teacher(examples).to(accelerator.device) if learner.teacher else None
+    targets = _targets(learner, examples)
     ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
     finals = [a.final for a in examples]
     batch = pack(ids, n_answers, learner.pad_id, finals=finals).to(accelerator.device)
@@ -111,8 +154,14 @@ def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, share: floa
         hidden, loss = hidden.to(head.weight.dtype), chunked_loss
     else:
         loss = plain_loss
+    beside = torch.tensor([a.also for a in examples], device=hidden.device)[batch.rows]
+    if beside.any():  # and there is no teacher
+        own, plain = ~beside, replace(learner.loss, ce=1.0)
+        parts = loss(hidden[own], batch.labels[own], head, None, learner.loss, diagnose)
+        also = loss(hidden[beside], batch.labels[beside], head, None, plain)
+        return _with_also(parts, also, learner.also_weight * shares.also)
     parts = loss(hidden, batch.labels, head, targets, learner.loss, diagnose)
-    return _add_hidden(parts, learner, (taps.take(), expected), share) if taps else parts
+    return _add_hidden(parts, learner, (taps.take(), expected), shares.state) if taps else parts
 
 # %% ../../nbs/training/03_step.ipynb #l006
 def backward_step(
@@ -125,15 +174,14 @@ def backward_step(
     Raises `InputError` where there is no answer token.
     """
     accelerator = learner.accelerator
-    n, share = _answer_tokens(micro, learner), 1.0
-    if learner.taps and learner.hidden.positions != "answer":
-        share = n / _total(learner, sum(map(len, micro)))
+    n = _all_answer_tokens(micro, learner)
+    shares = _shares(learner, micro, n)
     sums = torch.zeros(len(SUMS), device=accelerator.device)
     scale = _LOSS_SCALE if learner.head.weight.dtype == torch.float16 else 1.0
     for i, examples in enumerate(micro):
         last = i == len(micro) - 1
         with nullcontext() if last else accelerator.no_sync(learner.student):
-            parts = _loss(learner, examples, diagnose, share)
+            parts = _loss(learner, examples, diagnose, shares)
             accelerator.backward(parts.total * (scale * accelerator.num_processes / n))
             sums += parts.sums.float()
         still_working()
