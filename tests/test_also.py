@@ -17,7 +17,7 @@ from icl_distill.data.contexts import Context
 from icl_distill.data.examples import Question
 from icl_distill.data.prompts import Prompter
 from icl_distill.models.loading import add_lora, frozen_head, trained_head
-from icl_distill.objectives.losses import loss_metrics
+from icl_distill.objectives.sums import loss_metrics
 from icl_distill.testing import answering_folder, raises, real_tokenizer, tiny_model
 from icl_distill.training.batches import encoding_key, kept_data, micro_batches, prepare
 from icl_distill.training.labels import train_on_answers

@@ -28,7 +28,7 @@ from icl_distill.core.files import InputError
 from icl_distill.data.alignment import pack
 from icl_distill.models.loading import body_of, frozen_head
 from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions, plain_targets
-from icl_distill.objectives.losses import SUMS
+from icl_distill.objectives.sums import SUMS
 from icl_distill.objectives.targets import Head
 from icl_distill.testing import noisy_adapter, real_tokenizer, tiny_model
 from icl_distill.training.batches import Data, first_batches, micro_batches, step_indices

@@ -14,7 +14,8 @@ from icl_distill.data.alignment import pack
 from icl_distill.models.loading import adapter_off, frozen_head
 from icl_distill.models.target_cache import CachedTargets
 from icl_distill.models.teacher import Teacher, TeacherOptions
-from icl_distill.objectives.losses import KINDS, SUMS
+from icl_distill.objectives.losses import KINDS
+from icl_distill.objectives.sums import SUMS
 from icl_distill.testing import noisy_adapter, raises, tiny_model
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step

@@ -15,14 +15,13 @@ from icl_distill.core.files import InputError
 from icl_distill.objectives.chunked_loss import chunked_loss
 from icl_distill.objectives.losses import (
     KINDS,
-    SUMS,
     centred_mse,
     distill_loss,
-    loss_metrics,
     mse,
     plain_loss,
     standardised_mse,
 )
+from icl_distill.objectives.sums import SUMS, loss_metrics
 from icl_distill.objectives.targets import Head, HiddenTargets, Targets, topk_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from icl_distill.data.alignment import Aligned, pack
 from icl_distill.core.config import LoraConfig, load_config
-from icl_distill.objectives.losses import SUMS
+from icl_distill.objectives.sums import SUMS
 from icl_distill.models.loading import TrainedHead, add_lora, adapter_off, frozen_head, trained_head
 from icl_distill.models.teacher import Teacher
 from icl_distill.testing import tiny_model

@@ -20,7 +20,7 @@ core: files sections inputs objective schema config hub pace devices
 core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts also alignment encoding
-objectives: targets policy losses whole_vocabulary chunked_loss hidden_states
+objectives: targets policy sums losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
 models: mixed_decoding vllm_engine engines
 training: batches teachers fill whole_model state step gains on_policy trackers setup loop answers

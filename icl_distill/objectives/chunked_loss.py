@@ -14,15 +14,8 @@ from torch import Tensor
 
 from ..core.config import LossConfig
 from ..core.files import InputError
-from icl_distill.objectives.losses import (
-    SUMS,
-    LossParts,
-    _check_shapes,
-    _Distilled,
-    _pull,
-    _Terms,
-    distill_loss,
-)
+from .losses import _check_shapes, _pull, distill_loss
+from .sums import SUMS, LossParts, _Distilled, _Terms
 from .policy import policy_terms
 from .targets import Head, HiddenTargets, Targets, _wide, topk_targets
 from .whole_vocabulary import whole_terms_

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.config import LossConfig
-from .losses import _pull, _standardised, _Terms, _Whole
+from .losses import _pull, _standardised
+from .sums import _Terms, _Whole
 from .policy import policy_terms
 from .targets import Kept
 
@@ -68,28 +69,7 @@ def _kl_(lq: Tensor, lp: Tensor, out: Tensor, cfg: LossConfig) -> Tensor:  # (a,
     torch.mul(q, excess.sub_(own[:, None]), out=out).mul_(share)
     return d
 
-# %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv14
-BLOCK = 1 << 20  # entries of a block of rows, about
-
-
-def whole_terms_(
-    x: Tensor,  # (a,V) the student's logits; they become CE's gradient, where one is wanted
-    t: Tensor,  # (a,V) the teacher's; they become the distillation's, weighted
-    labels: Tensor,  # (a,) int64
-    cfg: LossConfig,
-    gradient: bool,
-    kept: Kept | None = None,  # `a` positions: of drawn tokens, perhaps
-) -> _Terms:
-    "The loss at `a` positions."
-    n, own = max(1, BLOCK // x.shape[-1]), kept if kept and kept.drawn is not None else None
-    some = [own.rows(i, i + n) if own else None for i in range(0, len(x), n)]
-    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), some, strict=True)
-    rows = [_block_(*block, cfg, gradient) for block in blocks]
-    ce, d, pull, mse, shift, policy = (torch.cat(each) for each in zip(*rows, strict=True))
-    total = cfg.ce * ce + cfg.weight * pull * d + policy
-    return _Terms(ce, total, _Whole(d, mse, shift), policy if own else 0.0)
-
-
+# %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv13b
 def _block_(
     x: Tensor, t: Tensor, y: Tensor, kept: Kept | None, cfg: LossConfig, gradient: bool
 ) -> tuple:
@@ -109,3 +89,27 @@ def _block_(
         t.mul_(cfg.weight * pull[:, None])
         x.mul_(((cfg.ce + slope) * pull.new_ones(len(pull)))[:, None])
     return ce, d, pull, mse, shift, policy * torch.ones_like(ce)
+
+# %% ../../nbs/objectives/02_whole_vocabulary.ipynb #wv14
+BLOCK = 1 << 20  # entries of a block of rows, about
+
+
+def whole_terms_(
+    x: Tensor,  # (a,V) the student's logits; they become CE's gradient, where one is wanted
+    t: Tensor,  # (a,V) the teacher's; they become the distillation's, weighted
+    labels: Tensor,  # (a,) int64
+    cfg: LossConfig,
+    gradient: bool,
+    kept: Kept | None = None,  # `a` positions: of drawn tokens, perhaps
+) -> _Terms:
+    "The loss at `a` positions."
+    n, own = (
+        max(1, BLOCK // x.shape[-1]),
+        kept if kept and cfg.policy and kept.drawn is not None else None,
+    )
+    some = [own.rows(i, i + n) if own else None for i in range(0, len(x), n)]
+    blocks = zip(x.split(n), t.split(n), labels[:, None].split(n), some, strict=True)
+    rows = [_block_(*block, cfg, gradient) for block in blocks]
+    ce, d, pull, mse, shift, policy = (torch.cat(each) for each in zip(*rows, strict=True))
+    total = cfg.ce * ce + cfg.weight * pull * d + policy
+    return _Terms(ce, total, _Whole(d, mse, shift), policy if own else 0.0)

@@ -28,7 +28,7 @@ from icl_distill.models.loading import (
     positions_of,
 )
 from ..models.taps import remove_taps
-from ..objectives.losses import SUMS, loss_metrics
+from ..objectives.sums import SUMS, loss_metrics
 from .batches import micro_batches, prepare_or_read
 from icl_distill.training.setup import (
     accelerator_of,

@@ -17,7 +17,7 @@ from ..data.tasks import Task
 from ..models.decoding import Completion, Sampling, completion
 from ..models.generation import TransformersEngine
 from ..models.mixed_decoding import Reader, mixed_answers
-from ..objectives.losses import SUMS
+from ..objectives.sums import SUMS
 from .gains import judged
 from .state import TrainState
 

@@ -48,7 +48,7 @@ from ..data.prompts import Prompter
 # %% ../../nbs/training/02_state.ipynb #h0062b
 from ..models.taps import Taps
 from ..models.teacher import Teacher
-from ..objectives.losses import SUMS
+from ..objectives.sums import SUMS
 from ..objectives.targets import HiddenTargets
 from .batches import Data
 from .teachers import TeacherWeights

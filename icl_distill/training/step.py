@@ -25,7 +25,8 @@ from ..models.loading import answer_hidden
 from ..models.taps import compared
 from ..objectives.chunked_loss import chunked_loss
 from ..objectives.hidden_states import state_distance
-from ..objectives.losses import SUMS, Head, LossParts, plain_loss
+from ..objectives.losses import Head, plain_loss
+from ..objectives.sums import SUMS, LossParts
 from ..objectives.targets import HiddenTargets, Kept, Targets
 from .state import Learner, TrainState
 
