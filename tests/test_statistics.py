@@ -172,9 +172,15 @@ def test_the_wider_interval_and_the_test_over_seeds():
     assert r.wider == r.t_ci and math.isclose(r.p, stats.ttest_1samp(d[:, 0], 0).pvalue)
     row = np.arange(100) < 40
     assert combine_seeds([row] * 3).wider == combine_seeds([row] * 3).ci
-    assert (
-        combine_seeds([row] * 3).p == 0 and combine_seeds(np.zeros((3, 5))).p == 1
-    )  # no spread: certain, one way or the other
+    assert combine_seeds(np.ones((3, 5))).p == 0 and combine_seeds(np.zeros((3, 5))).p == 1
+
+
+def test_seeds_that_are_equal_leave_it_to_the_items():
+    "The test then agrees with the interval: nothing is certain because two seeds are alike."
+    few, many = np.repeat([1, 0], [2, 98]), np.repeat([1, 0], [12, 88])
+    for row, sure in ((few, False), (many, True)):
+        r = combine_seeds([row, row[::-1]])
+        assert r.se == 0 and (r.wider[0] > 0) == (r.p < 0.05) == sure
 
 
 def test_seeds_known_cases():

@@ -205,11 +205,15 @@ class Seeds(NamedTuple):
 
     @property
     def p(self) -> float:
-        "Student's two-sided test of a mean (of differences) of 0, over the seeds."
+        """Student's two-sided test of a mean (of differences) of 0, over the seeds.
+
+        Where these are equal, a normal test with the bootstrap's spread, which is the items'.
+        """
         from scipy import stats
 
-        if self.se <= 1e-12:  # no spread: certain, one way or the other
-            return float(abs(self.mean) < 1e-12)
+        if self.se <= 1e-12:
+            se = (self.ci[1] - self.ci[0]) / (2 * stats.norm.ppf(0.975))
+            return float(2 * stats.norm.sf(abs(self.mean) / max(se, 1e-12)))
         return float(2 * stats.t.sf(abs(self.mean) / self.se, len(self.per_seed) - 1))
 
 # %% ../../nbs/evaluation/01_statistics.ipynb #c034b

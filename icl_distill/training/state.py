@@ -45,7 +45,7 @@ from ..core.files import InputError, flush
 from ..core.runs import Run
 from ..data.prompts import Prompter
 
-# %% ../../nbs/training/02_state.ipynb #h0062b
+# %% ../../nbs/training/02_state.ipynb #5addd020
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from ..objectives.sums import SUMS
