@@ -288,7 +288,7 @@ def test_push_to_is_the_command_push(files, model, monkeypatch, capsys):
     command = ["bake", "--model", model, "--shots", "shots.jsonl", "--out", "out"]
     command += ["--questions", "questions.txt", "--test", "test.jsonl", "--push-to", "me/even"]
     called(monkeypatch, *command, "prompt.template=plain", *SMALL)
-    assert pushed == [(Path("out/adapter"), Destination("me/even"), "the client")]
+    assert pushed == [(Path("out/adapter").resolve(), Destination("me/even"), "the client")]
     assert capsys.readouterr().out.strip().endswith("there")
     card = Path("out/adapter/README.md").read_text()
     assert "# me/even" in card and 'adapter = "me/even"' in card

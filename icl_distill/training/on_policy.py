@@ -122,8 +122,9 @@ class OwnAnswers:
     def _alone(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
         "By the student."
         prompts = [a.student_ids[: -a.n_answer] for a in asked]
+        adapter = "default" if state.config.lora else None
         limit = state.config.evaluate.max_new_tokens
-        said = dict(self.engine.generate(prompts, "default", limit, sampling=sampling))
+        said = dict(self.engine.generate(prompts, adapter, limit, sampling=sampling))
         return [said[i] for i in range(len(asked))]
 
     def _together(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
@@ -136,7 +137,7 @@ class OwnAnswers:
                 (a.student_ids[: -a.n_answer], a.teacher_ids[: -a.n_answer]) for a in asked[some]
             ]
             out += mixed_answers(
-                Reader(state.model, "default", [row for row, _ in rows]),
+                Reader(state.model, "default" if cfg.lora else None, [row for row, _ in rows]),
                 Reader(teacher.model, None, [row for _, row in rows]),
                 cfg.answers.teacher_share,
                 dataclasses.replace(sampling, seeds=sampling.seeds[some]),
