@@ -268,10 +268,10 @@ def export_command(
 ):
     "A folder that AutoModelForCausalLM loads: the adapter merged, or all weights as they are."
     from icl_distill.app.export import export_model
-    from icl_distill.core.checkpoints import holds_model
+    from icl_distill.core.checkpoints import ADAPTER_WEIGHTS
 
     off, info = export_model(checkpoint, out, dtype, overrides or [])
-    if holds_model(checkpoint):
+    if ADAPTER_WEIGHTS not in info.get("files", [ADAPTER_WEIGHTS]):
         print(
             f"{out}: {info['base_model']}, all of whose weights were trained, {info['step']} steps"
         )
