@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from icl_distill.core.config import ContextConfig, PromptConfig, load_config
 from icl_distill.core.runs import Run
-from icl_distill.data.alignment import align
+from icl_distill.data.alignment import align, pack
 from icl_distill.data.contexts import Contexts
 from icl_distill.data.prompts import Prompter
 from icl_distill.testing import quiet_environment, real_tokenizer, square_task, tiny_model
@@ -37,6 +37,14 @@ def toy_batch(kind="pool"):
         if example.id not in contexts.reserved
     ]
     return aligned, {c.key: prompter.shared_prefix(c) for c in contexts.shared}
+
+
+def logits_and_labels(model, batch, whose):
+    "(A,V) logits by transformers, and the labels, of a batch's `student_ids` or `teacher_ids`."
+    p = pack([getattr(a, whose) for a in batch], [a.n_answer for a in batch], PAD)
+    mask, places = p.attention_mask, p.position_ids
+    logits = model(p.input_ids, attention_mask=mask, position_ids=places).logits
+    return logits[p.rows, p.cols], p.labels
 
 
 def same(first, second):

@@ -7,11 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_training import PAD, TOY, config, equal, go, gradient_of, lines
+from helpers_training import (
+    PAD,
+    TOY,
+    config,
+    equal,
+    go,
+    gradient_of,
+    lines,
+    logits_and_labels,
+)
 from torch.testing import assert_close
 
 from icl_distill.core.config import load_config
-from icl_distill.data.alignment import pack
 from icl_distill.data.prompts import Prompter
 from icl_distill.evaluation.conditions import base_condition
 from icl_distill.models.loading import frozen_head, load_model
@@ -36,15 +44,6 @@ def larger(tmp_path_factory):
     )
 
 
-def rows(model, batch, whose):
-    "(A,V') logits by transformers, and the labels."
-    p = pack([getattr(a, whose) for a in batch], [a.n_answer for a in batch], PAD)
-    mask, places = p.attention_mask, p.position_ids
-    return model(p.input_ids, attention_mask=mask, position_ids=places).logits[
-        p.rows, p.cols
-    ], p.labels
-
-
 @pytest.mark.parametrize("keep", ["topk", "hidden"])
 @pytest.mark.parametrize("more", [0, 29])  # rows that the student has behind the last token
 def test_equals_brute_force(keep, more, larger, tmp_path):
@@ -57,10 +56,10 @@ def test_equals_brute_force(keep, more, larger, tmp_path):
     theirs = load_model(cfg.teacher.other(cfg.model))
     data = prepare(cfg, TOY, Prompter(TOK, cfg.prompt))
     batch, n = data.aligned[:4], min(V + more, V + 13)
-    s, labels = rows(model, batch, "student_ids")
+    s, labels = logits_and_labels(model, batch, "student_ids")
     s = s[:, :n]
     with torch.no_grad():
-        t = rows(theirs, batch, "teacher_ids")[0][:, :n]
+        t = logits_and_labels(theirs, batch, "teacher_ids")[0][:, :n]
     top = t.topk(V).indices if keep == "topk" else torch.arange(n).expand(len(t), n)
     q, p = (x.gather(1, top).div(2).log_softmax(-1) for x in (s, t))
     d = 4 * (p.exp() * (p - q)).sum(-1)

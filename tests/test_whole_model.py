@@ -24,6 +24,7 @@ from helpers_training import (
     gradient_of,
     here,
     lines,
+    logits_and_labels,
     start,
 )
 from huggingface_hub import RepoUrl
@@ -32,11 +33,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from icl_distill.app.bake import bake_config, run_bake
+from icl_distill.app.cli import export_command
 from icl_distill.app.export import export_model
 from icl_distill.app.push import Destination, chosen, push_run
 from icl_distill.core.checkpoints import Checkpoint
 from icl_distill.core.runs import Run
-from icl_distill.data.alignment import pack
 from icl_distill.data.prompts import Prompter
 from icl_distill.evaluation.evaluate import config_for_evaluation, evaluate
 from icl_distill.models.generation import TransformersEngine
@@ -64,15 +65,6 @@ def same_model(first, second):
     return equal_tensors(weights(first), weights(second))
 
 
-def rows(model, batch, whose):
-    "(A,V) logits by transformers, and the labels."
-    p = pack([getattr(a, whose) for a in batch], [a.n_answer for a in batch], PAD)
-    mask, places = p.attention_mask, p.position_ids
-    return model(p.input_ids, attention_mask=mask, position_ids=places).logits[
-        p.rows, p.cols
-    ], p.labels
-
-
 @pytest.mark.parametrize("keep,tied", [("topk", True), ("hidden", False)])
 def test_equals_brute_force(keep, tied, tmp_path):
     "½·CE + ½·T²·KL: value, and the gradient of every weight, tied ones once."
@@ -85,9 +77,9 @@ def test_equals_brute_force(keep, tied, tmp_path):
             p.add_(0.05 * torch.randn_like(p))  # some steps later
     data = prepare(cfg, TOY, Prompter(TOK, cfg.prompt))
     batch = data.aligned[:4]
-    s, labels = rows(model, batch, "student_ids")
+    s, labels = logits_and_labels(model, batch, "student_ids")
     with torch.no_grad():
-        t = rows(base, batch, "teacher_ids")[0]
+        t = logits_and_labels(base, batch, "teacher_ids")[0]
     q, p = (x.div(2).log_softmax(-1) for x in (s, t))
     d = 4 * (p.exp() * (p - q)).sum(-1)
     want = 0.5 * F.cross_entropy(s, labels) + 0.5 * d.mean()
@@ -243,6 +235,13 @@ class Hub:
 
     def upload_folder(self, folder_path, **options):
         self.files = {file.name: file.read_bytes() for file in Path(folder_path).iterdir()}
+
+
+def test_the_command_says_what_was_exported(run, tmp_path, capsys):
+    "Of a run's folder as of a checkpoint's."
+    for n, place in enumerate((run, Run(run).checkpoints()[-1].folder)):
+        export_command(Path(place), tmp_path / str(n))
+        assert "all of whose weights were trained, 6 steps" in capsys.readouterr().out
 
 
 def test_exported_and_published_as_a_model(run, tmp_path):

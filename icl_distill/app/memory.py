@@ -19,6 +19,13 @@ def _bytes_each(cfg: Config) -> int:  # b; `auto` counts as bfloat16
     return 4 if cfg.model.dtype == "float32" or cfg.lora is None else 2
 
 
+def _teacher_bytes_each(cfg: Config) -> int:
+    "Of one of the weights that teach; a second copy may have its own dtype."
+    if cfg.lora is None and cfg.teacher.dtype in ("bfloat16", "float16"):
+        return 2
+    return _bytes_each(cfg)
+
+
 def weight_bytes(s: Shape, cfg: Config) -> float:  # of all weights, on each device
     "A quantised layer's weight takes half a byte, its share of a block's scale, and of that's."
     b = _bytes_each(cfg)
@@ -30,7 +37,7 @@ def copy_bytes(s: Shape, cfg: Config) -> float:  # 0: the teacher is the student
     "Of the teacher's second copy, where all weights are trained."
     if cfg.lora or not cfg.has_teacher:
         return 0
-    return s.params * (2 if cfg.teacher.dtype in ("bfloat16", "float16") else 4)
+    return s.params * _teacher_bytes_each(cfg)
 
 # %% ../../nbs/app/01_memory.ipynb #sh01
 def held_weights(
@@ -95,8 +102,7 @@ class Tokens:
 
 def _teacher_bytes(s: Shape, cfg: Config, longest: Tokens, mode: str) -> tuple[int, int]:
     "Of a shared context's keys and values in one layer; of the teacher's pass."
-    B, T, half = cfg.train.batch_size, longest.student, ("bfloat16", "float16")
-    b = 2 if cfg.lora is None and cfg.teacher.dtype in half else _bytes_each(cfg)
+    b, B, T = _teacher_bytes_each(cfg), cfg.train.batch_size, longest.student
     C = (longest.teacher - T) * (mode == "cached")  # kept
     reads = dict(cached=T, whole=longest.teacher).get(mode, 0)
     kv = 2 * s.kv_dim * b * C
@@ -129,18 +135,19 @@ def step_memory(
     activations = train.batch_size * longest.student * each + cast_bytes(s, cfg)
     kv, teacher = _teacher_bytes(s, cfg, longest, mode)
     pool = cfg.context.pool_size if cfg.context.kind == "pool" else 1
-    trained = "gradients_and_optimiser" if cfg.lora is None else "adapter_and_optimiser"
+    trained = trained_bytes(s, cfg, processes)
+    if cfg.lora:
+        held = {"adapter_and_optimiser": trained}
+    else:
+        held = {"teacher_copy": copy_bytes(s, cfg), "gradients_and_optimiser": trained}
     out = {
         **held_weights(s, cfg, processes),
-        "teacher_copy": copy_bytes(s, cfg),
-        trained: trained_bytes(s, cfg, processes),
+        **held,
         "student_activations": activations,
         "loss": loss_bytes(s, cfg, longest, mode != "sft"),
         "kept_contexts": min(pool * kv * s.layers, 4 << 30 if pool > 1 else math.inf),
         "teacher_pass": teacher,
     }
-    if cfg.lora:
-        del out["teacher_copy"]
     if cfg.model.quantization:
         out["dequantised_layer"] = max(i * o for _, i, o in s.linears) * b
     return out | dict(total=sum(out.values()) - min(activations, teacher))

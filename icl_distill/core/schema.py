@@ -168,7 +168,7 @@ def _check_policy(cfg: "Config"):
         )
 
 # %% ../../nbs/core/03_schema.ipynb #sc024bx
-def check_weights(cfg: Any):  # a `Config`
+def _check_weights(cfg: "Config"):
     "Raises where the weights cannot be trained as the other keys say."
     quantised, whole = cfg.model.quantization, cfg.lora is None
     if quantised and cfg.train.compile:
@@ -188,7 +188,7 @@ def check_weights(cfg: Any):  # a `Config`
         )
 
 # %% ../../nbs/core/03_schema.ipynb #sc024cx
-def check_teacher(cfg: Any):  # a `Config`
+def _check_teacher(cfg: "Config"):
     "Raises for keys of a teacher with weights of its own where it has none."
     told = dict(revision=cfg.teacher.revision, dtype=cfg.teacher.dtype, device=cfg.teacher.device)
     for key, value in told.items():
@@ -243,8 +243,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _these_weights_can_be_trained_and_taught(self):
-        check_weights(self)
-        check_teacher(self)
+        _check_weights(self)
+        _check_teacher(self)
         return self
 
     @model_validator(mode="after")

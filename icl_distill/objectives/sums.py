@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from .targets import Targets, _wide
 

@@ -89,6 +89,7 @@ class OwnAnswers:
         check_room(cfg, state.data.aligned)
         stop_ids = Prompter(tok, cfg.prompt).stop_ids
         self.end = stop_ids[0]
+        self.adapter = "default" if cfg.lora else None  # the student's name in its model
         self.engine = TransformersEngine(state.model, tok, stop_ids, cfg.evaluate.batch_size)
 
     def __call__(self, state: TrainState) -> list[Aligned]:
@@ -122,9 +123,8 @@ class OwnAnswers:
     def _alone(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
         "By the student."
         prompts = [a.student_ids[: -a.n_answer] for a in asked]
-        adapter = "default" if state.config.lora else None
         limit = state.config.evaluate.max_new_tokens
-        said = dict(self.engine.generate(prompts, adapter, limit, sampling=sampling))
+        said = dict(self.engine.generate(prompts, self.adapter, limit, sampling=sampling))
         return [said[i] for i in range(len(asked))]
 
     def _together(self, state: TrainState, asked: list[Aligned], sampling) -> list[Completion]:
@@ -137,7 +137,7 @@ class OwnAnswers:
                 (a.student_ids[: -a.n_answer], a.teacher_ids[: -a.n_answer]) for a in asked[some]
             ]
             out += mixed_answers(
-                Reader(state.model, "default" if cfg.lora else None, [row for row, _ in rows]),
+                Reader(state.model, self.adapter, [row for row, _ in rows]),
                 Reader(teacher.model, None, [row for _, row in rows]),
                 cfg.answers.teacher_share,
                 dataclasses.replace(sampling, seeds=sampling.seeds[some]),

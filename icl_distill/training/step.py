@@ -155,8 +155,8 @@ def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, shares: _Sh
         hidden, loss = hidden.to(head.weight.dtype), chunked_loss
     else:
         loss = plain_loss
-    beside = torch.tensor([a.also for a in examples], device=hidden.device)[batch.rows]
-    if beside.any():  # and there is no teacher
+    if any(a.also for a in examples):  # and there is no teacher
+        beside = torch.tensor([a.also for a in examples], device=hidden.device)[batch.rows]
         own, plain = ~beside, replace(learner.loss, ce=1.0)
         parts = loss(hidden[own], batch.labels[own], head, None, learner.loss, diagnose)
         also = loss(hidden[beside], batch.labels[beside], head, None, plain)
