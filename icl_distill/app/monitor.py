@@ -61,7 +61,7 @@ def _facts(status: dict) -> list[str]:
 
 
 def _bar(share: float, colour: str) -> str:  # share: 0 to 1
-    outer = "background:#D9D9D9;height:6px;width:560px;max-width:100%;margin:.4em 0"
+    outer = "background:#D9D9D9;height:6px;width:100%;max-width:560px;margin:.4em 0"
     inner = f"background:{colour};height:6px;width:{100 * share:.1f}%"
     return f"<div style='{outer}'><div style='{inner}'></div></div>"
 
