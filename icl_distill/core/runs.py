@@ -155,6 +155,11 @@ class RunPaths:
         return self.path / "targets"
 
     @property
+    def filters_path(self) -> Path:
+        "Filters of hidden states, as they were learnt before the first step."
+        return self.path / "filters.safetensors"
+
+    @property
     def launch_path(self) -> Path:
         "How it was started as a process of its own."
         return self.path / "launch.json"
