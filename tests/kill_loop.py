@@ -2,8 +2,8 @@
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
 in RAM, or not at all, on its own answers where a second labeller agrees, on policy, by two
-processes that share the weights, with a base in four bits, or behind filters, and then evaluated; or two runs are
-trained and evaluated as a study, by one command that is killed.
+processes that share the weights, with a base in four bits, or with filters of hidden states, and
+then evaluated; or two runs are trained and evaluated as a study, by one command that is killed.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
@@ -115,7 +115,7 @@ class Job:
             return ["-c", THE_COMMAND, "study", str(self.study_file())]
         config = "bake" if self.arm == "agreed" else "quickstart"
         settings = {"agreed": AGREED, "student": STUDENT, "shard": SHARD, "nf4": NF4}
-        settings["filters"] = FILTERS
+        settings |= {"filters": FILTERS}
         own = settings.get(self.arm, [f"teacher.cache={self.arm}"])
         given = [config, f"model.name={self.model}", f"run={self.run}", *own, *OVER]
         if name == "train":
