@@ -155,11 +155,6 @@ class RunPaths:
         return self.path / "targets"
 
     @property
-    def filters_path(self) -> Path:
-        "Filters of hidden states, as they were learnt before the first step."
-        return self.path / "filters.safetensors"
-
-    @property
     def launch_path(self) -> Path:
         "How it was started as a process of its own."
         return self.path / "launch.json"
@@ -241,6 +236,11 @@ class Run(RunPaths):
         if not self.config_path.is_file():
             raise InputError(f"{self.path}: no config.yaml; `icl-distill train` writes it")
         return load_config(str(self.config_path))
+
+    @property
+    def filters_path(self) -> Path:
+        "Filters of hidden states, as they were learnt before the first step."
+        return self.path / "filters.safetensors"
 
     def environment(self) -> dict:
         "Machine, packages and commit. Raises `InputError` where the file is missing or damaged."
