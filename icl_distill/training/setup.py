@@ -219,7 +219,7 @@ def _begin_folder(state: TrainState):
     keep_data(run.encoded_path, state.data)
     cut_metrics(run.metrics_path, state.step)
 
-
+# %% ../../nbs/training/04_setup.ipynb #su019b
 def begin(
     state: TrainState,
     checkpoint: Path | None,  # to go on from
