@@ -2,8 +2,8 @@
 
 A tiny model is trained by the real command, in a process of its own, with targets cached on disk,
 in RAM, or not at all, on its own answers where a second labeller agrees, on policy, by two
-processes that share the weights, or with a base in four bits, and then evaluated; or two runs are
-trained and evaluated as a study, by one command that is killed.
+processes that share the weights, with a base in four bits, or with filters of hidden states, and
+then evaluated; or two runs are trained and evaluated as a study, by one command that is killed.
 Each process gets a SIGKILL at a drawn moment: while it starts, a drawn number of answers or steps
 later, while it writes a checkpoint, or while it evaluates. The same command goes on from there,
 until it comes to its end. Metrics, every file of every checkpoint, answers, cached targets, records
@@ -36,7 +36,7 @@ from icl_distill.core.devices import environment
 from icl_distill.testing import answering_folder, quiet_environment, tiny_folder
 
 # where targets are cached; whose answers are learnt; several runs by one command; two processes
-ARMS = ("disk", "ram", "off", "agreed", "student", "study", "shard", "nf4")
+ARMS = ("disk", "ram", "off", "agreed", "student", "study", "shard", "nf4", "filters")
 PHASES = ("start", "step", "save")
 OVER = [
     "model.dtype=float32",
@@ -63,6 +63,7 @@ STUDENT = [
 ]
 SHARD = ["teacher.cache=disk", "train.shard=true"]
 NF4 = ["teacher.cache=disk", "model.quantization=nf4"]
+FILTERS = ["hidden={weight: 1, layers: [], norm: std, filters: {steps: 5}}"]
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 EVALUATE = [
     "conditions=[zero_shot]",
@@ -114,6 +115,7 @@ class Job:
             return ["-c", THE_COMMAND, "study", str(self.study_file())]
         config = "bake" if self.arm == "agreed" else "quickstart"
         settings = {"agreed": AGREED, "student": STUDENT, "shard": SHARD, "nf4": NF4}
+        settings |= {"filters": FILTERS}
         own = settings.get(self.arm, [f"teacher.cache={self.arm}"])
         given = [config, f"model.name={self.model}", f"run={self.run}", *own, *OVER]
         if name == "train":

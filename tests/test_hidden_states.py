@@ -2,21 +2,38 @@
 
 import dataclasses
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_training import PAD, TOY, config, equal, go, gradient_of, lines, toy_batch
+import torch.nn.functional as F
+from helpers_training import (
+    PAD,
+    TOY,
+    adapter,
+    config,
+    equal,
+    equal_tensors,
+    go,
+    gradient_of,
+    lines,
+    toy_batch,
+)
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from icl_distill.core.config import HiddenConfig, LossConfig
+from icl_distill.core.config import FiltersConfig, HiddenConfig, LossConfig
 from icl_distill.core.runs import Run
 from icl_distill.data.alignment import pack
 from icl_distill.data.prompts import Prompter
 from icl_distill.models.loading import adapter_off, body_of, frozen_head
 from icl_distill.models.taps import Taps, remove_taps
 from icl_distill.models.teacher import Teacher
-from icl_distill.objectives.hidden_states import state_distance
+from icl_distill.objectives.hidden_states import Filters, state_distance
 from icl_distill.testing import noisy_adapter, raises, real_tokenizer, tiny_model
+from icl_distill.training import filters as stage_one
+from icl_distill.training import loop
 from icl_distill.training.batches import prepare
 from icl_distill.training.state import Learner
 from icl_distill.training.step import Student, backward_step
@@ -84,14 +101,15 @@ def brute_force(model, batch, cfg):
     return state_distance(ours[at][:, chosen], theirs[at][:, chosen], cfg).mean()
 
 
-def learner_of(model, cfg, prefixes, ce=0.0):
+def learner_of(model, cfg, prefixes, ce=0.0, filters=None):
     from accelerate import Accelerator
 
     head = frozen_head(model)
     teacher = Teacher(model, head, PAD, 16, prefixes=prefixes)
     loss = LossConfig(weight=0.0, ce=ce)
     taps = Taps(body_of(model), cfg)
-    return Learner(Student(model), teacher, head, Accelerator(cpu=True), loss, PAD, cfg, taps)
+    student = Student(model, filters)
+    return Learner(student, teacher, head, Accelerator(cpu=True), loss, PAD, cfg, taps, filters)
 
 
 @pytest.mark.parametrize("cfg", FORMS, ids=lambda cfg: f"{cfg.distance}-{cfg.norm}-{cfg.positions}")
@@ -175,3 +193,157 @@ def test_what_cannot_be_is_refused(tmp_path):
         go(tmp_path / "run", "hidden={weight: 1, layers: [9]}")
     with raises("nothing to learn"):
         config(tmp_path, "loss={weight: 0, ce: 0}")
+
+
+# ---- behind filters (TED)
+
+BEHIND = [
+    HiddenConfig(weight=2.0, layers=[], norm="std"),  # TED's row
+    HiddenConfig(weight=2.0, layers=[0, 1], distance="smooth_l1", positions="last_prompt"),
+    HiddenConfig(weight=2.0, layers=[-1], distance="cosine"),
+]
+FILTERED = [
+    "hidden={weight: 1, layers: [], norm: std, filters: {steps: 3, lr: 0.01}}",
+    "loss={weight: 0}",
+    "log_every=1",
+    "schedule=constant",
+]
+
+
+def drawn_filters(n_layers, size=32):
+    torch.manual_seed(1)
+    filters = Filters(n_layers, size)
+    for weight in filters.parameters():
+        weight.data += 0.1 * torch.randn(size, size)
+    return filters
+
+
+def gradients_of(model, filters):
+    return torch.cat([gradient_of(model), *(w.grad.flatten() for w in filters.student)])
+
+
+@pytest.mark.parametrize("cfg, cached", zip(BEHIND, (True, False, True), strict=True))
+def test_filtered_states_equal_brute_force(cfg, cached):
+    "Gradients of adapter and filters, from full states by plain products, in any batches."
+    batch, prefixes = toy_batch()
+    model = noisy_adapter(tiny_model(initializer_range=0.2))
+    ours, p = all_states(model, batch, "student_ids")
+    with adapter_off(model):
+        theirs, _ = all_states(model, batch, "teacher_ids")
+    layers = sorted({i % 3 for i in cfg.layers or (1, 2)})
+    at = [i for i in range(len(ours)) if i == 0 or p.rows[i] != p.rows[i - 1]]
+    at = at if cfg.positions == "last_prompt" else list(range(len(ours)))
+    filters = drawn_filters(len(layers))
+    total = 0.0
+    for layer, *maps in zip(layers, filters.student, filters.teacher, strict=True):
+        s, t = ours[at, layer], theirs[at, layer]
+        if cfg.norm == "std":
+            s, t = (x / theirs[at, layer].std(-1, correction=0, keepdim=True) for x in (s, t))
+        s, t = s @ maps[0].T, t @ maps[1].T
+        if cfg.distance == "cosine":
+            total = total + (1 - (F.normalize(s) * F.normalize(t)).sum(-1)).mean()
+        else:
+            by = F.mse_loss if cfg.distance == "mse" else F.smooth_l1_loss
+            total = total + by(s, t)
+    (total * cfg.weight / len(layers)).backward()
+    want = gradients_of(model, filters)
+    learner = learner_of(model, cfg, prefixes if cached else {}, filters=filters)
+    for micro in ([batch], [batch[:2], batch[2:]]):
+        learner.student.zero_grad()
+        sums = backward_step(learner, micro)
+        got = gradients_of(model, filters)
+        assert_close(got, want, rtol=2e-3, atol=2e-5 * want.abs().max().item())
+    assert sums[0] > 0 and not any(weight.requires_grad for weight in filters.teacher)
+    remove_taps(body_of(model))
+
+
+def test_filtered_states_at_equality():
+    "Law 7: equal states behind equal filters; nothing pulls at the adapter or at the filters."
+    batch, _ = toy_batch("none")
+    model, filters = noisy_adapter(tiny_model(), noise=0.0), drawn_filters(2)
+    filters.student.load_state_dict(filters.teacher.state_dict())
+    sums = backward_step(learner_of(model, BEHIND[0], {}, filters=filters), [batch])
+    assert sums[0].abs() < 1e-5 and gradients_of(model, filters).abs().max() < 1e-6
+    remove_taps(body_of(model))
+
+
+def test_gradient_behind_filters_by_finite_differences():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    filters = drawn_filters(2, 5).double()
+
+    def distance(cfg, s, *maps):
+        return state_distance(s, t, cfg, SimpleNamespace(student=maps, teacher=filters.teacher))
+
+    for cfg in BEHIND:
+        given = (s.clone().requires_grad_(), *filters.student)
+        torch.autograd.gradcheck(partial(distance, cfg), given)
+
+
+def losses_of(tmp_path, monkeypatch, *over):
+    "What stage I of a run says, and what it leaves."
+    seen, learn = [], stage_one.learn_filters
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_one, "learn_filters", lambda *a: seen.append(learn(*a)) or seen[0])
+        patch.setattr(loop, "_loop", lambda state, shown: setattr(state, "checkpoint", tmp_path))
+        go(tmp_path, *FILTERED, *over, base=tiny_model(initializer_range=0.2))
+    return seen[0], load_file(Run(tmp_path).filters_path)
+
+
+def test_filters_learn_the_task(tmp_path, monkeypatch):
+    "Each of them, of either model; and the same in any micro-batches, dropout or not."
+    more = ["hidden.filters.steps=5", "lora.dropout=0.3"]
+    losses, kept = losses_of(tmp_path / "few", monkeypatch, *more)
+    assert losses.shape == (5, 4) and (losses[-1] < losses[0] - 0.3).all()
+    over = ["batch_size=6", "accumulation=1"]
+    again, others = losses_of(tmp_path / "one", monkeypatch, *more, *over)
+    assert_close(again, losses, rtol=1e-3, atol=1e-3)
+    for name, weight in kept.items():
+        assert_close(weight, others[name], rtol=1e-2, atol=2e-3)
+        assert not torch.equal(weight, torch.eye(32))
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_filters_go_on_exactly_after_a_kill(tmp_path, monkeypatch):
+    "Killed in stage I, behind it, and in stage II: always the curve of the run that was not."
+    over, cut = [*FILTERED, "steps=4"], tmp_path / "cut"
+    whole, kept = go(tmp_path / "whole", *over), Run(cut).filters_path
+    for where, name in ((stage_one, "_write_tensors"), (loop, "_optimiser_step")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, name, killed)
+            go(cut, *over)
+        assert kept.exists() == (where is loop)
+    with raises("filters", "do not match their key"):
+        go(cut, *over, "hidden.filters.lr=0.5")
+    monkeypatch.setattr(stage_one, "learn_filters", killed)  # never made twice
+    go(cut, *over, "steps=2")
+    assert equal_tensors(load_file(kept), load_file(Run(tmp_path / "whole").filters_path))
+    last = go(cut, *over)
+    assert equal(whole, last) and lines(tmp_path / "whole") == lines(cut)
+    trained = [torch.load(x / "state.pt", weights_only=True)["filters"] for x in (whole, last)]
+    assert equal_tensors(*trained)
+    assert not torch.equal(trained[0]["0"], load_file(kept)["student.0"])
+    assert not any("filter" in name for name in adapter(last))  # it is used as any other
+    kept.write_bytes(b"x")
+    with raises("filters", "are damaged", "delete the file"):
+        go(cut, *over)
+    kept.unlink()
+    with raises("filters.safetensors is missing", "choose another `run`"):
+        go(cut, *over)
+
+
+def test_what_filters_do_not_go_with(tmp_path):
+    own = ["answers.source=student", "loss={ce: 0, weight: 1, kind: forward_kl}"]
+    with raises("hidden.filters.steps=3", "'student'"):
+        config(tmp_path, FILTERED[0], *own)
+    with raises("train.shard=true does not go with hidden.filters.steps=3"):
+        go(tmp_path, *FILTERED, "train.shard=true")
+    with raises("hidden.filters.steps=3 learns filters by the output head"):
+        go(tmp_path, *FILTERED, "lora.target_modules=[q_proj, lm_head]")
+    for key in ("lora=null", "train.compile=true", "teacher.model=other", "teacher.cache=disk"):
+        with raises(f"which {key.partition('=')[0]}"):
+            config(tmp_path, *FILTERED, key)
+    assert HiddenConfig(filters=FiltersConfig(steps=3)).filtered is False  # nothing is compared

@@ -51,6 +51,8 @@ def test_two_steps(name, model, tmp_path, monkeypatch):
     given = [name, f"model.name={model}", f"run={tmp_path}", *sizes, *SMALL, *STEPS]
     if load_config(name).teacher.model:
         given += [f"teacher.model={model}"]
+    if load_config(name).hidden.filtered:
+        given += ["hidden.filters.steps=2"]
     if name == "methods/opcd":
         command("train", *given)
     else:

@@ -23,8 +23,8 @@ data: contexts templates prompts also alignment encoding
 objectives: targets policy sums losses whole_vocabulary chunked_loss hidden_states
 models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
 models: mixed_decoding vllm_engine engines
-training: batches teachers fill whole_model state step gains on_policy trackers setup loop answers
-training: reasons labels
+training: batches teachers fill whole_model state step gains filters on_policy trackers setup loop
+training: answers reasons labels
 train
 evaluation: statistics draws over_seeds power conditions records shards scores tables seeds jobs
 evaluation: evaluate harness browse style arms plots figures grid study study_figure

@@ -169,8 +169,9 @@ def test_a_process_that_is_stuck(folder, tmp_path):
         ["hidden={weight: 1, layers: [], positions: last_prompt, norm: l2}"],
         ["teacher.keep=hidden", "teacher.cache=disk", "loss.kind=forward_kl"],
         ["answers.also=rationale", "loss={weight: 0, ce: 0.5}", "task.name=word_problems"],
+        ["hidden={weight: 1, layers: [], norm: std, filters: {steps: 3, lr: 0.003}}"],
     ],
-    ids=["states", "last_states", "rationales"],
+    ids=["states", "last_states", "rationales", "filters"],
 )
 def test_two_processes_take_the_steps_of_one(folder, tmp_path, over):
     "The same examples a step, in one process or shared by two: the same numbers."

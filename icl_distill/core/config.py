@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['shipped_configs', 'load_config', 'to_yaml', 'quoted', 'config_hash', 'diff_configs', 'ModelConfig', 'LoraConfig',
            'TaskConfig', 'PromptConfig', 'ContextConfig', 'AnswersConfig', 'TeacherConfig', 'LossConfig',
-           'HiddenConfig', 'TrainConfig', 'SamplingConfig', 'EvaluateConfig', 'Config', 'config_table', 'replace',
-           'config_dict']
+           'FiltersConfig', 'HiddenConfig', 'TrainConfig', 'SamplingConfig', 'EvaluateConfig', 'Config', 'config_table',
+           'replace', 'config_dict']
 
 # %% ../../nbs/core/04_config.ipynb #cf003
 import difflib
@@ -31,7 +31,7 @@ from icl_distill.core.inputs import (
     PromptConfig,
     TaskConfig,
 )
-from .objective import HiddenConfig, LossConfig, TeacherConfig
+from .objective import FiltersConfig, HiddenConfig, LossConfig, TeacherConfig
 from icl_distill.core.schema import (
     Config,
     EvaluateConfig,
@@ -50,6 +50,7 @@ _all_ = [
     "AnswersConfig",
     "TeacherConfig",
     "LossConfig",
+    "FiltersConfig",
     "HiddenConfig",
     "TrainConfig",
     "SamplingConfig",

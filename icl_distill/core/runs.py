@@ -237,6 +237,11 @@ class Run(RunPaths):
             raise InputError(f"{self.path}: no config.yaml; `icl-distill train` writes it")
         return load_config(str(self.config_path))
 
+    @property
+    def filters_path(self) -> Path:
+        "Filters of hidden states, as they were learnt before the first step."
+        return self.path / "filters.safetensors"
+
     def environment(self) -> dict:
         "Machine, packages and commit. Raises `InputError` where the file is missing or damaged."
         return _read_object(self.environment_path)

@@ -264,6 +264,12 @@ class Config(Section):
                 "does not leave to be compared: switch it off (or, for hidden.layers=[-1], keep "
                 "the last state: teacher.keep=hidden)"
             )
+        if self.hidden.filtered and self.answers.source == "student":
+            raise disagree(
+                f"hidden.filters.steps={self.hidden.filters.steps} learns filters on answers that "
+                "are there before training, and answers.source is 'student': choose another, or "
+                "hidden.filters.steps=0"
+            )
         return self
 
     @model_validator(mode="after")

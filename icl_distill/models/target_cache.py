@@ -83,21 +83,19 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, key: str, what: str = "cached targets") -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             meta = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"cached targets {path} are damaged ({error}); delete the file") from error
+        raise InputError(f"{what} {path} are damaged ({error}); delete the file") from error
     if meta.get("key") != key or meta.get("sha256") != _checksum(tensors):
-        raise InputError(
-            f"cached targets {path} do not match their key or checksum; delete the file"
-        )
+        raise InputError(f"{what} {path} do not match their key or checksum; delete the file")
     return tensors
 
 
-def _write_tensors(path: Path, key: str, tensors: dict[str, torch.Tensor]):
+def _write_tensors(path: Path, key: str, tensors: dict[str, torch.Tensor], what: str = "targets"):
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +105,5 @@ def _write_tensors(path: Path, key: str, tensors: dict[str, torch.Tensor]):
         with suppress(OSError):
             temporary.unlink()
         raise InputError(
-            f"targets could not be written to {path} ({error}); those cached before stay"
+            f"{what} could not be written to {path} ({error}); what was there before stays"
         ) from error

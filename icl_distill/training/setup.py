@@ -35,6 +35,7 @@ from ..models.sharding import beside_shards, check_sharding, load_in_first, shar
 from ..models.taps import Taps
 from ..models.teacher import Teacher
 from .batches import Data, first_batches, keep_data
+from .filters import filters_for, ready_filters
 from .on_policy import OwnAnswers
 from .state import Learner, TrainState, init_adapter, load_checkpoint
 from .step import Student
@@ -156,8 +157,8 @@ def _head(model, cfg: Config, main: bool):
     return trained_head(model) if head is None else head
 
 
-def _optimizer(model, cfg: Config) -> torch.optim.Optimizer:
-    params, t = [p for p in model.parameters() if p.requires_grad], cfg.train
+def _optimizer(student: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    params, t = [p for p in student.parameters() if p.requires_grad], cfg.train
     return torch.optim.AdamW(params, lr=t.lr, weight_decay=t.weight_decay, fused=params[0].is_cuda)
 
 # %% ../../nbs/training/04_setup.ipynb #su015
@@ -196,11 +197,13 @@ def assemble(
     if cfg.lora is None and accelerator.is_main_process:
         say(cost_text(model))
     head = _head(model, cfg, accelerator.is_main_process)
-    learner = Learner(Student(model), None, head, accelerator, cfg.loss, tok.pad_token_id)
+    taps = Taps(body_of(model), cfg.hidden) if cfg.hidden.weight else None
+    filters = filters_for(cfg, taps, head)
+    student = Student(model, filters)
+    learner = Learner(student, None, head, accelerator, cfg.loss, tok.pad_token_id)
     learner.also_weight = cfg.answers.also_weight if cfg.answers.also != "none" else 0.0
-    if cfg.hidden.weight:
-        learner.hidden, learner.taps = cfg.hidden, Taps(body_of(model), cfg.hidden)
-    optimizer = _optimizer(model, cfg)
+    learner.hidden, learner.taps, learner.filters = cfg.hidden, taps, filters
+    optimizer = _optimizer(student, cfg)
     return TrainState(cfg, Run(cfg.run), data, tok, base_hash, model, learner, optimizer)
 
 # %% ../../nbs/training/04_setup.ipynb #su019
@@ -216,7 +219,7 @@ def _begin_folder(state: TrainState):
     keep_data(run.encoded_path, state.data)
     cut_metrics(run.metrics_path, state.step)
 
-
+# %% ../../nbs/training/04_setup.ipynb #su019b
 def begin(
     state: TrainState,
     checkpoint: Path | None,  # to go on from
@@ -243,4 +246,6 @@ def begin(
     start_tracker(accelerator, state.config)
     state.sums = state.sums.to(accelerator.device)
     state.own = OwnAnswers(state) if state.config.answers.source == "student" else None
+    if learner.filters:
+        ready_filters(state, learner.filters)
     state.model.train()

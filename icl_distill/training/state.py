@@ -48,6 +48,7 @@ from ..data.prompts import Prompter
 # %% ../../nbs/training/02_state.ipynb #5addd020
 from ..models.taps import Taps
 from ..models.teacher import Teacher
+from ..objectives.hidden_states import Filters
 from ..objectives.sums import SUMS
 from ..objectives.targets import HiddenTargets
 from .batches import Data
@@ -67,6 +68,7 @@ class Learner:
     pad_id: int  # fills up batches
     hidden: HiddenConfig = field(default_factory=HiddenConfig)  # how states are compared
     taps: Taps | None = None  # gather the states; None: they are not compared
+    filters: Filters | None = None  # behind which they are compared; the student's are trained
     also_weight: float = 0.0  # of what is learnt beside the answers
     ready: dict[str, HiddenTargets] = field(default_factory=dict)
     "By example, what the teacher was asked for before the step; none: it is asked in the step."
@@ -148,7 +150,10 @@ def _write_shared(state: TrainState, folder: Path):
     state.tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(to_yaml(state.config))
-    torch.save({"optimizer": state.optimizer.state_dict()}, folder / STATE_FILE)
+    shared = {"optimizer": state.optimizer.state_dict()}
+    if filters := state.learner.filters:
+        shared["filters"] = filters.student.state_dict()
+    torch.save(shared, folder / STATE_FILE)
 
 # %% ../../nbs/training/02_state.ipynb #s015
 def _seal(state: TrainState, folder: Path, final: Path):
@@ -285,6 +290,8 @@ def load_checkpoint(state: TrainState, folder: Path):
     else:
         set_peft_model_state_dict(state.model, load_file(folder / ADAPTER_WEIGHTS))
     state.optimizer.load_state_dict(shared["optimizer"])
+    if filters := state.learner.filters:
+        filters.student.load_state_dict(shared["filters"])
     set_random_state(mine["random"])
     state.step, state.checkpoint = checkpoint.step, folder
     state.sums[: len(mine["sums"])] = mine["sums"]  # an older checkpoint has fewer

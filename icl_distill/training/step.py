@@ -24,7 +24,7 @@ from ..data.alignment import Aligned, Packed, pack
 from ..models.loading import answer_hidden
 from ..models.taps import compared
 from ..objectives.chunked_loss import chunked_loss
-from ..objectives.hidden_states import state_distance
+from ..objectives.hidden_states import Filters, state_distance
 from ..objectives.losses import Head, plain_loss
 from ..objectives.sums import SUMS, LossParts
 from ..objectives.targets import HiddenTargets, Kept, Targets
@@ -34,12 +34,12 @@ from .state import Learner, TrainState
 class Student(nn.Module):
     """What DDP wraps: a batch in, hidden states (A,D) at its A answer positions out.
 
-    The teacher calls the model inside, past the wrapper.
+    The teacher calls the model inside, past the wrapper. Filters stand here to be trained with it.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, filters: Filters | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.filters = model, filters
 
     def forward(self, batch):
         return answer_hidden(self.model, batch)
@@ -101,7 +101,7 @@ def _add_hidden(
 ) -> LossParts:
     "With the distance of the student's states from the teacher's."
     student, teacher = states
-    distances = state_distance(student, teacher, learner.hidden)
+    distances = state_distance(student, teacher, learner.hidden, learner.filters)
     term, sums = learner.hidden.weight * share * distances.sum(), parts.sums.clone()
     sums[SUMS.index("total")] += term.detach()
     sums[SUMS.index("hidden")] += distances.detach().sum()
@@ -138,14 +138,19 @@ def _targets(learner: Learner, examples: list[Aligned]) -> Targets | HiddenTarge
         return Kept.cat([learner.ready[a.id] for a in examples])
     return learner.teacher(examples).to(learner.accelerator.device) if learner.teacher else None
 
+
+def _packed(learner: Learner, examples: list[Aligned]) -> Packed:
+    "What the student reads."
+    ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
+    batch = pack(ids, n_answers, learner.pad_id, finals=[a.final for a in examples])
+    return batch.to(learner.accelerator.device)
+
 # %% ../../nbs/training/03_step.ipynb #c015g
 def _loss(learner: Learner, examples: list[Aligned], diagnose: bool, shares: _Shares) -> LossParts:
     "Of one micro-batch: summed, not averaged."
     head, accelerator, taps = learner.head, learner.accelerator, learner.taps
     targets = _targets(learner, examples)
-    ids, n_answers = [a.student_ids for a in examples], [a.n_answer for a in examples]
-    finals = [a.final for a in examples]
-    batch = pack(ids, n_answers, learner.pad_id, finals=finals).to(accelerator.device)
+    batch = _packed(learner, examples)
     expected = _expected(learner, targets, batch)
     if isinstance(targets, HiddenTargets) and not learner.loss.weight:
         targets = None  # whole rows of logits are not made for the log alone
