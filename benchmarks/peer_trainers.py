@@ -24,7 +24,13 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from icl_distill.core.config import Config
 from icl_distill.data.alignment import Aligned
@@ -63,6 +69,7 @@ class TrainerStep:
         self.trainer, self.rows, self.clock = trainer, rows, Clock()
         self.loss = float("nan")
         trainer.add_callback(self.clock)
+        trainer.remove_callback(PrinterCallback)
 
     def __call__(self, batch) -> float:
         trainer = self.trainer

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from transformers.utils.logging import disable_progress_bar
 
 from common import (
     arguments,
@@ -60,6 +61,7 @@ from peer_trainers import (
     trl_sdft,
 )
 
+WHAT = "seconds of one training step (forward, backward, clipping, optimiser) of one micro-batch"
 LIMITS = dict(distillation=2.5, sft=1.0)
 BENCH = 'pip install -c constraints.txt -e ".[bench]"'
 SWIFT = "pip install torch==2.13.0 ms-swift==4.6.0 -e . (in an environment of its own)"
@@ -186,15 +188,12 @@ def in_other_environment(args) -> dict:
 
 def judged(ratio: dict) -> dict[str, bool]:
     "Of each ratio that is held to a limit, whether it keeps it; and of each limit, whether all do."
-    found = {}
+    found, all_of = {}, {}
     for name, value in ratio.items():
         if limit := PAIRS[name].limit:
-            most = limit == "sft"
-            found[name] = value <= LIMITS[limit] if most else value >= LIMITS[limit]
-    for limit in LIMITS:
-        if verdicts := [found[name] for name in found if PAIRS[name].limit == limit]:
-            found[limit] = all(verdicts)
-    return found
+            found[name] = value <= LIMITS[limit] if limit == "sft" else value >= LIMITS[limit]
+            all_of[limit] = all_of.get(limit, True) and found[name]
+    return found | all_of
 
 
 def versions() -> dict:
@@ -215,10 +214,7 @@ def compared(args, folder: str) -> dict:
     wanted = args.only or [*PEERS, GENERATION]
     peers = [name for name in PEERS if name in wanted]
     here = [name for name in peers if not PEERS[name].missing()]
-    out = dict(
-        what="seconds of one training step (forward, backward, clipping, optimiser) of one micro-batch"
-    )
-    out |= training(setting, data, here) if here else {}
+    out: dict = dict(what=WHAT) | (training(setting, data, here) if here else {})
     apart = {}
     if "swift_gkd" in peers and "swift_gkd" not in here and args.swift_python:
         apart["swift_gkd"] = in_other_environment(args)
@@ -253,6 +249,7 @@ def show(out: dict):
 def main():
     args = parsed()
     warnings.filterwarnings("ignore")
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         out = compared(args, folder)
     write(args.out, out)
