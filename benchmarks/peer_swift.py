@@ -13,25 +13,28 @@ steps run beside it in the same process.
 
 import datasets
 
-from icl_distill.core.hub import model_path
+from icl_distill.core.hub import load_model_config, model_path
 from peer_trainers import Setting, TrainerStep, lora_config, masked_labels, training_arguments
 
 
 def loaded(setting: Setting):
-    "The model and its (empty) template, as ms-swift loads them; no code of the model is run."
+    """The model and its (empty) template, as ms-swift loads them.
+
+    Raises `SystemExit` for a model with code of its own, which ms-swift would run."""
     import torch
     from swift.model import MODEL_MAPPING, get_model_processor
     from swift.model.register import ModelLoader
     from swift.template import get_template
-    from transformers import AutoConfig
 
     model = setting.cfg.model
-    path = str(model_path(model.name))
-    kind = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).model_type
+    config = load_model_config(model)
+    if hasattr(config, "auto_map") and not model.trust_remote_code:
+        raise SystemExit(f"{model.name} brings code, which ms-swift runs: model.trust_remote_code")
     ModelLoader.default_trust_remote_code = model.trust_remote_code
+    known = config.model_type in MODEL_MAPPING
     swift_model, processor = get_model_processor(
-        path,
-        model_type=kind if kind in MODEL_MAPPING else None,
+        str(model_path(model.name)),
+        model_type=config.model_type if known else None,
         torch_dtype=getattr(torch, model.dtype),
         device_map=setting.args.device,
         use_hf=True,
