@@ -1,6 +1,7 @@
 """What the benchmarks share: the data, the model, the steps to be timed, peak memory, the machine,
 the results file."""
 
+import argparse
 import copy
 import json
 import os
@@ -44,8 +45,10 @@ def shown(name: str) -> str:
     return name.replace("remembered", "cached")
 
 
-def arguments(p):
-    "Add the arguments that step_time, peers and scaling share."
+def arguments(description: str) -> argparse.ArgumentParser:
+    "A parser with the arguments that step_time, peers, scaling and paper_run share."
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=description, formatter_class=raw)
     p.add_argument("--out", type=Path, required=True, help="the results file (JSON)")
     p.add_argument(
         "--gsm8k",
@@ -171,6 +174,7 @@ class Steps:
             body_of(self.model).compile(dynamic=True)
         self.head, self.student = frozen_head(self.model), Student(self.model)
         self.teachers = self.teachers_of(data)
+        self.losses: dict = {}  # of a mode, where it is not the config's
         self.plain = Plain(self.model, self.pad, cfg) if "distill_plain" in modes else None
 
     def teacher(self, data, cache: CachedTargets | None = None):
@@ -185,11 +189,10 @@ class Steps:
 
     def backward(self, mode, batch):
         if mode == "distill_plain":
-            self.plain.step(batch)
-            return
-        teacher, loss = self.teachers[mode], self.cfg.loss
+            return self.plain.step(batch)
+        teacher, loss = self.teachers[mode], self.losses.get(mode, self.cfg.loss)
         learner = Learner(self.student, teacher, self.head, self.acc, loss, self.pad)
-        backward_step(learner, [batch])
+        return backward_step(learner, [batch])
 
     def __call__(self, mode, batch):
         self.backward(mode, batch)
@@ -274,6 +277,17 @@ def machine() -> dict:
     return environment() | dict(cpu=cpu_name(), threads=torch.get_num_threads())
 
 
+def settings(args) -> dict:
+    "What a results file says of its arguments."
+    return dict(
+        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
+        model=args.model,
+        batch=args.batch,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
 def described(args, batches) -> dict:
     "What a results file says of the data and the settings of its steps."
 
@@ -281,12 +295,8 @@ def described(args, batches) -> dict:
         return [sum(map(f, batch)) for batch in batches]
 
     return dict(
-        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
-        model=args.model,
-        batch=args.batch,
+        **settings(args),
         repeats=args.repeats,
-        dtype=args.dtype,
-        device=args.device,
         tokens=dict(
             student=count(lambda a: len(a.student_ids)),
             teacher=count(lambda a: len(a.teacher_ids)),

@@ -14,47 +14,45 @@ with eight shots of its own for each example, by pieces and as a whole; the latt
 examples, spread evenly, where the ids are compared.
 """
 
-import argparse
 import tempfile
 import time
+from dataclasses import replace as changed
+from functools import partial
 from pathlib import Path
 
 from common import (
     Steps,
     arguments,
     configure,
+    data_of,
     generated,
     in_turn,
     machine,
+    settings,
     shown,
     timed,
     write,
 )
 from icl_distill.core.config import replace
 from icl_distill.core.hub import load_tokenizer
-from icl_distill.data.alignment import align
+from icl_distill.data.alignment import Aligned, align
 from icl_distill.data.contexts import Contexts
 from icl_distill.data.encoding import by_pieces
 from icl_distill.data.prompts import Prompter
 from icl_distill.data.tasks import load_task
 from icl_distill.models.teacher import CachedTargets, Teacher, TeacherOptions
-from icl_distill.training.batches import Data, first_batches, micro_batches, prepare
+from icl_distill.training.batches import Data, first_batches, micro_batches
 
 EPOCHS = 1000 * 32 / 7273  # GSM8K without its 200 development examples
 WAYS = ("sft", "off", "ram", "disk")
 
 
-def data_of(cfg, args, tok) -> Data:
+def examples_of(cfg, args, tok) -> Data:
     "The first examples of the data set, each with a context of its own."
     if args.gsm8k:
-        task = load_task(cfg.task)
-        return prepare(cfg, task, Prompter(tok, cfg.prompt))
+        return data_of(cfg, args, tok)
     each = [generated(1, len(tok), args.context, seed=seed) for seed in range(args.examples)]
-    return Data([replace_id(data.aligned[0], seed) for seed, data in enumerate(each)], {}, {})
-
-
-def replace_id(aligned, seed: int):
-    return type(aligned)(**{**vars(aligned), "id": str(seed)})
+    return Data([changed(one.aligned[0], id=str(i)) for i, one in enumerate(each)], {}, {})
 
 
 class Ways:
@@ -91,6 +89,13 @@ class Ways:
         }
 
 
+def encoding_seconds(one, context, example) -> tuple[float, Aligned]:
+    "CPU seconds of encoding an example, and the example."
+    start = time.process_time()
+    found = align(one, context, example, limits=())
+    return time.process_time() - start, found
+
+
 def encoding(cfg, args, tok) -> dict:
     "CPU seconds of encoding all training examples by pieces, and some of them as a whole."
     task, prompter = load_task(cfg.task), Prompter(tok, cfg.prompt)
@@ -98,20 +103,18 @@ def encoding(cfg, args, tok) -> dict:
     some = set(range(0, len(task.train), max(1, len(task.train) // args.old)))
     seconds, equal = dict(pieces=0.0, whole=0.0), True
     for i, example in enumerate(task.train):
-        context, found = contexts(example), {}
-        for name, one in dict(pieces=faster, whole=prompter).items():
-            if name == "pieces" or i in some:
-                start = time.process_time()
-                found[name] = align(one, context, example, limits=())
-                seconds[name] += time.process_time() - start
-        equal = equal and found["pieces"] == found.get("whole", found["pieces"])
-    each = {
-        "pieces": seconds["pieces"] / len(task.train),
-        "whole": seconds["whole"] / len(some),
-    }
+        context = contexts(example)
+        took, pieces = encoding_seconds(faster, context, example)
+        seconds["pieces"] += took
+        if i in some:
+            took, whole = encoding_seconds(prompter, context, example)
+            seconds["whole"] += took
+            equal = equal and pieces == whole
+    counts = dict(pieces=len(task.train), whole=len(some))
+    each = {name: seconds[name] / counts[name] for name in seconds}
     return dict(
-        examples=len(task.train),
-        compared=len(some),
+        examples=counts["pieces"],
+        compared=counts["whole"],
         equal=equal,
         cpu_seconds=seconds,
         cpu_seconds_per_example=each,
@@ -119,26 +122,21 @@ def encoding(cfg, args, tok) -> dict:
     )
 
 
-def main():
-    p = arguments(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    )
+def parsed():
+    p = arguments(__doc__)
     p.add_argument("--examples", type=int, default=24, help="that are read in all epochs")
     p.add_argument("--epochs", type=float, default=EPOCHS)
     p.add_argument("--context", type=int, default=1567, help="tokens, of random contexts")
     p.add_argument("--processes", type=int, default=1)
     p.add_argument("--old", type=int, default=40, help="examples that are encoded as a whole, too")
     p.set_defaults(batch=2)
-    args = p.parse_args()
-    own = ["context.kind=per_example", f"train.batch_size={args.batch}", "train.accumulation=1"]
-    cfg = configure(args, "context.n_shots=8", *own)
-    tok = load_tokenizer(cfg.model.name)
-    few = replace(cfg, task=replace(cfg.task, n_train=args.examples))
-    data = data_of(few, args, tok)
+    return p.parse_args()
+
+
+def batches_of_all(cfg, args, data) -> list:
+    "Of the whole run: each micro-batch, and the process that computes it."
     size = args.batch * args.processes
-    batches = [
+    return [
         (micro, rank)
         for step in range(round(args.epochs * len(data.aligned) / size))
         for rank in range(args.processes)
@@ -146,37 +144,36 @@ def main():
             data.batch(step, size, cfg.seed), args.batch, rank, args.processes
         )
     ]
-    every = replace(cfg, task=replace(cfg.task, n_train=None))
-    out = dict(encoding=encoding(every, args, tok))
+
+
+def run_of(cfg, args, tok) -> dict:
+    "Seconds of all micro-batches of the run, in each way, and what of them a results file says."
+    few = replace(cfg, task=replace(cfg.task, n_train=args.examples))
+    data = examples_of(few, args, tok)
+    batches = batches_of_all(cfg, args, data)
     with tempfile.TemporaryDirectory() as folder:
         ways = Ways(few, args, data, tok, Path(folder))
         ways("sft", batches[0])  # warms up
-        out["seconds"] = in_turn(
-            {way: lambda batch, way=way: timed(ways, way, batch) for way in WAYS}, batches
-        )
-        out["computed"] = ways.computed()
-    total = {way: sum(seconds) for way, seconds in out["seconds"].items()}
-    out = dict(
-        what="seconds of forward and backward of each micro-batch of a whole run",
-        data="gsm8k" if args.gsm8k else "random ids of GSM8K's lengths",
-        model=args.model,
-        dtype=args.dtype,
-        device=args.device,
+        seconds = in_turn({way: partial(timed, ways, way) for way in WAYS}, batches)
+        computed = ways.computed()
+    total = {way: sum(x) for way, x in seconds.items()}
+    return dict(
         examples=len(data.aligned),
         epochs=args.epochs,
-        batch=args.batch,
         processes=args.processes,
-        **out,
+        seconds=seconds,
+        computed=computed,
         total=total,
         ratio_to_sft={way: total[way] / total["sft"] for way in WAYS},
         off_over_disk=total["off"] / total["disk"],
-        environment=machine(),
     )
-    write(args.out, out)
+
+
+def show(out: dict):
     for way in WAYS:
         read = out["computed"].get(way, 0)
         print(
-            f"{shown(way):6} {total[way]:8.2f} s  {out['ratio_to_sft'][way]:5.2f} × sft   "
+            f"{shown(way):6} {out['total'][way]:8.2f} s  {out['ratio_to_sft'][way]:5.2f} × sft   "
             f"the teacher read {read} examples"
         )
     e = out["encoding"]
@@ -184,6 +181,23 @@ def main():
         f"encoding: {e['ratio']:.1f} times faster by pieces ({e['examples']} examples; "
         f"{e['compared']} compared, {'equal' if e['equal'] else 'NOT EQUAL'})"
     )
+
+
+def main():
+    args = parsed()
+    own = ["context.kind=per_example", f"train.batch_size={args.batch}", "train.accumulation=1"]
+    cfg = configure(args, "context.n_shots=8", *own)
+    tok = load_tokenizer(cfg.model.name)
+    every = replace(cfg, task=replace(cfg.task, n_train=None))
+    out = dict(
+        what="seconds of forward and backward of each micro-batch of a whole run",
+        **settings(args),
+        encoding=encoding(every, args, tok),
+        **run_of(cfg, args, tok),
+        environment=machine(),
+    )
+    write(args.out, out)
+    show(out)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,41 @@
-"""One training step of ours and of two peers on the same examples, interleaved in one process.
+"""One training step of ours and of other packages on the same examples, interleaved in one process,
+and our generation against transformers' `generate`.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/peers.py --out results/bench/peers.json
 
-- `trl_sdft`: TRL's SDFTTrainer (self-distillation from a teacher that reads privileged context)
-  with its `base` teacher, which under LoRA is the same weights with the adapter off, as ours. It
-  samples its completions; here its `_generate` returns the gold answer's ids instead, so that no
-  time goes into generation. Everything else is TRL's own training step: student and teacher
-  forward, full-vocabulary logits of all completion positions, top-256 forward KL, backward,
-  clipping, optimiser. Its teacher prompt is our context and question, untruncated (its default cuts
-  prompts to the last 512 tokens; gradient checkpointing, on by default there, is off).
-- `transformers_sft`: a plain `transformers.Trainer` on question and answer with the prompt masked.
-- ours: `sft`, `distill_online` (a cached prefix) and `distill_remembered` (cached targets), with
-  clipping and optimiser step.
+What is compared with what, word for word: `peer_steps.py` for ours, `peer_trainers.py` for
+transformers and TRL, `peer_swift.py` for ms-swift, `peer_generation.py` for generation. All start
+from the same weights, LoRA rank, dtype and batch; seconds are of forward, backward, clipping and
+optimiser of one micro-batch; ratios are medians of the ratios on the same batch. In the first step
+the students are the same, so losses that are said to be the same are compared there.
 
-All start from the same weights, LoRA rank, dtype and batch (dropout 0, as TRL switches it off). Of
-the trainers, what lies between `on_step_begin` and `on_step_end` is timed; ratios are medians of
-the ratios on the same batch.
+ms-swift needs an environment of its own, which is named by its Python; its figures, and those of
+our steps beside it in that process, then stand under `apart`:
+
+    python -m venv swift && swift/bin/pip install torch==2.13.0 ms-swift==4.6.0 -e .
+    python benchmarks/peers.py --out results/bench/peers.json --swift-python swift/bin/python
+
+A package that is not installed is named with the command that installs it. Results files keep an
+older word for cached targets, `remembered`.
 """
 
-import argparse
 import importlib.metadata
+import json
+import math
+import subprocess
+import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-import datasets
-import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from packaging.requirements import Requirement
+from transformers.utils.logging import disable_progress_bar
 
 from common import (
-    Steps,
     arguments,
     batches_of,
     configure,
@@ -46,196 +50,218 @@ from common import (
     write,
 )
 from icl_distill.core.hub import load_tokenizer
-from icl_distill.models.loading import add_lora, load_model
+from peer_generation import compare
+from peer_steps import OURS, OurSteps
+from peer_swift import swift_gkd
+from peer_trainers import (
+    Setting,
+    transformers_sft,
+    trl_distillation,
+    trl_distillation_context,
+    trl_sdft,
+)
 
-OURS, PEERS = ["sft", "distill_online", "distill_remembered"], ["transformers_sft", "trl_sdft"]
-LIMITS = dict(distillation=2.0, sft=1.0)
+WHAT = "seconds of one training step (forward, backward, clipping, optimiser) of one micro-batch"
+LIMITS = dict(distillation=2.5, sft=1.0)
+BENCH = 'pip install -c constraints.txt -e ".[bench]"'
+SWIFT = "pip install torch==2.13.0 ms-swift==4.6.0 -e . (in an environment of its own)"
 
 
-class Clock(TrainerCallback):
-    def on_step_begin(self, *a, **kw):
-        self.start = time.perf_counter()
+@dataclass(frozen=True)
+class Peer:
+    "Another package's trainer."
 
-    def on_step_end(self, *a, **kw):
-        self.seconds = time.perf_counter() - self.start
+    build: Callable  # (setting) -> step: a batch in, seconds out
+    needs: tuple[str, ...]  # requirements
+    install: str  # the command
+    same_loss: str = ""  # our mode whose loss it has
+
+    def missing(self) -> list[str]:
+        "The requirements that this environment does not meet."
+        return [need for need in self.needs if not met(Requirement(need))]
 
 
-def training_arguments(args, cls, folder, **more):
-    return cls(
-        output_dir=folder,
-        use_cpu=args.device == "cpu",
-        per_device_train_batch_size=args.batch,
-        max_steps=1,
-        learning_rate=2e-4,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        bf16=False,
-        remove_unused_columns=False,
-        **more,
+@dataclass(frozen=True)
+class Pair:
+    "A ratio: how many times the second's seconds the first takes."
+
+    first: str
+    second: str
+    limit: str = ""  # the one of `LIMITS` that it is held to
+
+
+PEERS = {
+    "transformers_sft": Peer(transformers_sft, ("transformers",), BENCH, "sft"),
+    "trl_sdft": Peer(trl_sdft, ("trl>=1.16",), BENCH),
+    "trl_distillation": Peer(trl_distillation, ("trl>=1.16",), BENCH, "exact_no_context"),
+    "trl_distillation_context": Peer(
+        trl_distillation_context, ("trl>=1.16",), BENCH, "exact_online"
+    ),
+    "swift_gkd": Peer(swift_gkd, ("ms-swift>=4.6", "trl<1"), SWIFT, "exact_online"),
+}
+GENERATION = "generate"
+PAIRS = {
+    "trl_sdft_over_online": Pair("trl_sdft", "distill_online", "distillation"),
+    "trl_sdft_over_remembered": Pair("trl_sdft", "distill_remembered"),
+    "trl_distillation_over_no_context": Pair("trl_distillation", "exact_no_context"),
+    "trl_distillation_context_over_online": Pair(
+        "trl_distillation_context", "exact_online", "distillation"
+    ),
+    "swift_gkd_over_online": Pair("swift_gkd", "exact_online", "distillation"),
+    "sft_over_transformers_sft": Pair("sft", "transformers_sft", "sft"),
+}
+
+
+def met(need: Requirement) -> bool:
+    try:
+        return need.specifier.contains(importlib.metadata.version(need.name), prereleases=True)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def parsed():
+    p = arguments(__doc__)
+    p.add_argument(
+        "--only", nargs="+", choices=[*PEERS, GENERATION], help="compare with these alone"
+    )
+    p.add_argument("--swift-python", help="the Python of an environment with ms-swift")
+    p.add_argument("--prompts", type=int, default=8, help="answered in a call of generation")
+    p.add_argument("--max-new-tokens", type=int, default=48)
+    return p.parse_args()
+
+
+def ours_for(peers) -> list[str]:
+    "Our modes that these peers are compared with."
+    wanted = {
+        x for pair in PAIRS.values() for x in (pair.first, pair.second) if involved(pair, peers)
+    }
+    return [mode for mode in OURS if mode in wanted]
+
+
+def involved(pair: Pair, peers) -> bool:
+    return pair.first in peers or pair.second in peers
+
+
+def check_losses(ours: dict, theirs: dict, dtype: str):
+    "Raises `SystemExit` where a peer's first loss is not ours."
+    nearly = 1e-3 if dtype == "float32" else 0.05
+    for name, loss in theirs.items():
+        mode = PEERS[name].same_loss
+        if mode and not math.isclose(loss, ours[mode], rel_tol=nearly, abs_tol=1e-5):
+            raise SystemExit(f"{name}'s first loss is {loss}, that of our {mode} {ours[mode]}")
+
+
+def training(setting: Setting, data, peers: list[str]) -> dict:
+    "Seconds and ratios of our steps and these peers'."
+    batches = batches_of(data, setting.args)
+    steps = OurSteps(setting.cfg, setting.args, data, setting.tok)
+    modes = ours_for(peers)
+    first = {mode: steps.first_loss(mode, batches[0]) for mode in modes}
+    theirs = {name: PEERS[name].build(setting) for name in peers}
+    ways = {mode: partial(timed, steps, mode) for mode in modes} | theirs
+    for way in ways.values():
+        way(batches[0])
+    first_of_peers = {name: way.loss for name, way in theirs.items()}
+    check_losses(first, first_of_peers, setting.args.dtype)
+    for batch in batches if "distill_remembered" in modes else []:
+        steps("distill_remembered", batch)  # the first epoch
+    seconds = in_turn(ways, batches)
+    pairs = {name: pair for name, pair in PAIRS.items() if {pair.first, pair.second} <= set(ways)}
+    return dict(
+        **described(setting.args, batches),
+        first_loss=first | first_of_peers,
+        seconds=seconds,
+        median={name: median(x) for name, x in seconds.items()},
+        pairs={name: [pair.first, pair.second] for name, pair in pairs.items()},
+        ratio={name: paired(seconds, pair.first, pair.second) for name, pair in pairs.items()},
     )
 
 
-def peer(args, cfg, tok, name, folder):
-    "`step(batch)` -> seconds of that trainer's own step."
-    model, clock = load_model(cfg.model), Clock()
-    if name == "transformers_sft":
-
-        def rows(batch):
-            return [
-                dict(
-                    input_ids=a.student_ids,
-                    attention_mask=[1] * len(a.student_ids),
-                    labels=[-100] * (len(a.student_ids) - a.n_answer) + a.answer_ids,
-                )
-                for a in batch
-            ]
-
-        trainer = Trainer(
-            add_lora(model, cfg.lora),
-            training_arguments(args, TrainingArguments, folder),
-            DataCollatorForSeq2Seq(tok),
-            train_dataset=datasets.Dataset.from_list(rows([EXAMPLE])),
-            callbacks=[clock],
-        )
-    else:
-        import peft
-        from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-
-        class Gold(SDFTTrainer):
-            def _tokenize_prompts(self, prompts):
-                return [list(map(int, p.split())) for p in prompts]  # ids, as text
-
-            def _generate(self, prompt_ids):
-                return prompt_ids, self.answers
-
-        def text(ids):
-            return " ".join(map(str, ids))
-
-        def rows(batch):
-            return [
-                dict(
-                    prompt=text(a.student_ids[: -a.n_answer]),
-                    privileged_context=text(a.teacher_ids[: -len(a.student_ids)]),
-                )
-                for a in batch
-            ]
-
-        conf = training_arguments(
-            args,
-            SDFTConfig,
-            folder,
-            num_generations=1,
-            generate_from_teacher=True,
-            teacher_model_kind="base",
-            teacher_prompt_template="{privileged_context} {prompt}",
-            max_prompt_length=None,
-            max_completion_length=1024,
-            distillation_topk=cfg.teacher.top_k,
-            distillation_alpha=0.0,
-            shuffle_dataset=False,
-        )
-        lora = peft.LoraConfig(
-            r=cfg.lora.r,
-            lora_alpha=cfg.lora.alpha,
-            lora_dropout=0.0,
-            target_modules=list(cfg.lora.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        trainer = Gold(
-            model,
-            conf,
-            datasets.Dataset.from_list(rows([EXAMPLE])),
-            processing_class=tok,
-            peft_config=lora,
-            callbacks=[clock],
-        )
-
-    def step(batch):
-        trainer.train_dataset = datasets.Dataset.from_list(rows(batch))
-        trainer.answers, trainer._step, trainer._buffered_inputs = (
-            [a.answer_ids for a in batch],
-            0,
-            None,
-        )
-        trainer.train()
-        return clock.seconds
-
-    return step
+def in_other_environment(args) -> dict:
+    "What this script finds of ms-swift with another Python."
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "swift.json"
+        command = [args.swift_python, *sys.argv, "--only", "swift_gkd", "--out", str(out)]
+        subprocess.run([*command, "--swift-python", ""], stdout=subprocess.DEVNULL, check=True)
+        return json.loads(out.read_text())
 
 
-def main():
-    global EXAMPLE
-    args = arguments(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    ).parse_args()
-    warnings.filterwarnings("ignore")
+def judged(ratio: dict) -> dict[str, bool]:
+    "Of each ratio that is held to a limit, whether it keeps it; and of each limit, whether all do."
+    found, all_of = {}, {}
+    for name, value in ratio.items():
+        if limit := PAIRS[name].limit:
+            found[name] = value <= LIMITS[limit] if limit == "sft" else value >= LIMITS[limit]
+            all_of[limit] = all_of.get(limit, True) and found[name]
+    return found | all_of
+
+
+def versions() -> dict:
+    "Of the peers' packages that are installed here."
+    found = {}
+    for name in ("trl", "transformers", "peft", "ms-swift"):
+        if met(Requirement(name)):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def compared(args, folder: str) -> dict:
+    "All that was asked for and can be had, as the results file holds it."
     cfg = configure(args, "lora.dropout=0")
     tok = load_tokenizer(cfg.model.name)
     data = data_of(cfg, args, tok)
-    EXAMPLE, batches, steps = (
-        data.aligned[0],
-        batches_of(data, args),
-        Steps(cfg, args, data, tok, OURS),
+    setting = Setting(args, cfg, tok, data.aligned[0], folder)
+    wanted = args.only or [*PEERS, GENERATION]
+    peers = [name for name in PEERS if name in wanted]
+    here = [name for name in peers if not PEERS[name].missing()]
+    out: dict = dict(what=WHAT) | (training(setting, data, here) if here else {})
+    apart = {}
+    if "swift_gkd" in peers and "swift_gkd" not in here and args.swift_python:
+        apart["swift_gkd"] = in_other_environment(args)
+    if GENERATION in wanted:
+        out["generation"] = compare(setting, data)
+    absent = [name for name in peers if name not in [*here, *apart]]
+    ratios = out.get("ratio", {}) | {k: v for x in apart.values() for k, v in x["ratio"].items()}
+    return out | dict(
+        peers=versions(),
+        apart=apart,
+        not_installed={name: PEERS[name].install for name in absent},
+        limits=LIMITS,
+        met=judged(ratios),
+        environment=machine(),
     )
-    params = [p for p in steps.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=args.device == "cuda")
 
-    def ours(mode, batch):
-        steps.backward(mode, batch)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
 
+def show(out: dict):
+    for name, seconds in out.get("median", {}).items():
+        print(f"{shown(name):26} {seconds:8.3f} s")
+    for name, ratio in out.get("ratio", {}).items():
+        limit = PAIRS[name].limit
+        sign = "≤" if limit == "sft" else "≥"
+        said = (
+            f"   ({sign} {LIMITS[limit]}: {'met' if out['met'][name] else 'NOT MET'})"
+            if limit
+            else ""
+        )
+        print(f"{shown(name):40} {ratio:6.2f}{said}")
+
+
+def main():
+    args = parsed()
+    warnings.filterwarnings("ignore")
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        ways = {m: partial(timed, ours, m) for m in OURS} | {
-            n: peer(args, cfg, tok, n, folder) for n in PEERS
-        }
-        for f in ways.values():
-            f(batches[0])
-        for b in batches:
-            ways["distill_remembered"](b)  # the first epoch
-        seconds = in_turn(ways, batches)
-    mid = {n: median(v) for n, v in seconds.items()}
-    ratio = dict(
-        trl_sdft_over_online=paired(seconds, "trl_sdft", "distill_online"),
-        trl_sdft_over_remembered=paired(seconds, "trl_sdft", "distill_remembered"),
-        sft_over_transformers_sft=paired(seconds, "sft", "transformers_sft"),
-    )
-    met = dict(
-        distillation=ratio["trl_sdft_over_online"] >= LIMITS["distillation"],
-        sft=ratio["sft_over_transformers_sft"] <= LIMITS["sft"],
-    )
-    versions = {n: importlib.metadata.version(n) for n in ("trl", "transformers", "peft")}
-
-    write(
-        args.out,
-        dict(
-            what="seconds of one training step (forward, backward, clipping, optimiser) of one "
-            "micro-batch",
-            **described(args, batches),
-            peers=versions,
-            seconds=seconds,
-            median=mid,
-            ratio=ratio,
-            limits=LIMITS,
-            met=met,
-            environment=machine(),
-        ),
-    )
-    for n, s in mid.items():
-        print(f"{shown(n):20} {s:7.3f} s")
-    print(
-        "; ".join(f"{shown(k)}: {v:.2f}" for k, v in ratio.items()),
-        "|",
-        "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in met.items()),
-    )
+        out = compared(args, folder)
+    write(args.out, out)
+    show(out)
+    for name, other in out["apart"].items():
+        print(f"{name}, in an environment of its own:")
+        show(other)
+    if found := out.get("generation"):
+        print(f"generation, seconds per prompt: {found['median']}, {found['ratio']}")
+    for name, install in out["not_installed"].items():
+        needs = ", ".join(PEERS[name].missing())
+        print(f"{name} was not compared with: it needs {needs}: {install}")
 
 
 if __name__ == "__main__":

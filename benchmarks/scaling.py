@@ -10,7 +10,6 @@ that (and 15 %, and 3 % of a step for noise); one with cached targets may not gr
 files keep an older word for cached targets, `remembered`.
 """
 
-import argparse
 import copy
 
 import torch
@@ -83,11 +82,7 @@ def measure(args, points) -> list[dict]:
 
 
 def main():
-    p = arguments(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    )
+    p = arguments(__doc__)
     p.set_defaults(batch=2)
     args = p.parse_args()
     cfg = configure(args)

@@ -61,11 +61,7 @@ def peak(args, mode):
 
 
 def main():
-    p = arguments(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    )
+    p = arguments(__doc__)
     p.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peak:
