@@ -17,7 +17,8 @@ from ..core.config import to_yaml
 from ..core.files import write_text
 from ..core.record_lines import RecordLine
 from ..core.results import Results
-from ..evaluation.statistics import mean_se, verdict_words
+from ..evaluation.over_seeds import OverSeeds
+from ..evaluation.statistics import verdict_words
 from ..training.labels import labels_text
 
 # %% ../../nbs/app/11_report.ipynb #rp06
@@ -246,6 +247,11 @@ def seed_rows(each: list[Results]) -> list[dict[str, str]]:  # column -> text, o
     return rows
 
 # %% ../../nbs/app/11_report.ipynb #rp32
+def _points(difference: float, interval: tuple[float, float]) -> str:
+    low, high = (f"{100 * end:+.1f}" for end in interval)
+    return f"{100 * difference:+.1f} [{low}, {high}]"
+
+
 def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baseline
     "What `baked` differs by, seed by seed and on average."
     said = []
@@ -253,20 +259,13 @@ def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baselin
         pairs = [p for results in each for p in results.paired if (p.a, p.b) == ("baked", other)]
         if not pairs:
             continue
-        points = [100 * p.difference for p in pairs]
-        ends = [
-            f"[{100 * p.difference_ci95[0]:+.1f}, {100 * p.difference_ci95[1]:+.1f}]" for p in pairs
-        ]
-        by_seed = ", ".join(f"{x:+.1f} {end}" for x, end in zip(points, ends, strict=True))
+        by_seed = ", ".join(_points(p.difference, p.difference_ci95) for p in pairs)
         sentence = f"Baked against {ARMS[other]}, in points by seed: {by_seed}"
-        if len(points) > 1:
-            average, _, low, high = mean_se(points)
-            items = sum(
-                (50 * (high - low)) ** 2 for low, high in (p.difference_ci95 for p in pairs)
+        if len(pairs) > 1:
+            over = OverSeeds.of_draws(
+                [p.difference for p in pairs], [p.difference_ci95 for p in pairs]
             )
-            half = max((high - low) / 2, items**0.5 / len(pairs))
-            low, high = average - half, average + half
-            sentence += f"; on average {average:+.1f} [{low:+.1f}, {high:+.1f}], "
-            sentence += f"{verdict_words((low, high))} it over {len(points)} seeds"
+            sentence += f"; on average {_points(over.mean, over.interval)}, "
+            sentence += f"{verdict_words(over.interval)} it over {len(pairs)} seeds"
         said.append(f"{sentence} (95 %).")
     return said

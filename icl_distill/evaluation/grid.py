@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -44,6 +45,7 @@ class StudyFile(Strict):
     folder: Annotated[str, Field(min_length=1)]  # of all runs and of the results
     axes: Annotated[dict[str, Values], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    draws: bool = False  # does each seed draw its examples, too (task.seed)?
     overrides: list[str] = []  # for all cells, before those of the axes
     against: dict[str, str] = {}  # axis -> the value with which its others are compared
     along: str | None = None  # the axis that a figure has from left to right
@@ -144,6 +146,15 @@ def _against(file: StudyFile, axes: dict[str, dict[str, list[str]]]) -> tuple[st
         return axis, value
     return "", ""
 
+
+def _told(text: str, names: dict[str, str]) -> str:
+    "An override with the cell's own values. Raises `InputError` for a name that there is not."
+    try:
+        return Template(text).substitute(names)
+    except (KeyError, ValueError) as error:
+        known = ", ".join(f"${name}" for name in names)
+        raise InputError(f"{text!r}: names no value of the cell; there are {known}") from error
+
 # %% ../../nbs/evaluation/16_grid.ipynb #gr017
 _OURS = r"(run|seed|evaluate\.(conditions|checkpoints|steps|split|shard|output))="
 
@@ -233,11 +244,15 @@ def read_study(
         at = dict(zip(axes, values, strict=True))
         own = [override for of, value in at.items() for override in axes[of][value]]
         title = f"{'-'.join(values)}-{seed}"
-        given = [*file.overrides, *own, f"seed={seed}", f"run={file.folder}/{title}"]
+        known = at | {"seed": str(seed)}
+        given = [_told(text, known) for text in (*file.overrides, *own)]
+        given += [f"task.seed={seed}"] * file.draws
+        given += [f"seed={seed}", f"run={file.folder}/{title}"]
         config, retention = _config_of(file, given, title), None
         if file.retention is not None:
             retention = _config_of(file, [*given, *file.retention], f"{title}, retention")
-        base = seed == file.seeds[0] and (not axis or at[axis] == baseline)
+        first = file.draws or seed == file.seeds[0]
+        base = first and (not axis or at[axis] == baseline)
         conditions = tuple(file.conditions) if base else ()
         cells.append(Cell(at, seed, given, config, retention, conditions))
     _check_differ(cells)

@@ -16,7 +16,7 @@ from ..core.record_lines import RecordLine
 from ..core.results import ConditionResult
 from ..core.runs import Evaluation
 from .draws import clustered_ci, pass_at_k
-from .statistics import Seeds, combine_seeds
+from .statistics import Seeds, combine_seeds, mean_se
 
 # %% ../../nbs/evaluation/17_over_seeds.ipynb #os05
 @dataclass(frozen=True)
@@ -34,6 +34,19 @@ class OverSeeds:
     def of(cls, seeds: Seeds, p: float | None = None) -> "OverSeeds":
         "With the wider interval."
         return cls(seeds.mean, seeds.se, seeds.wider, seeds.per_seed, p)
+
+    @classmethod
+    def of_draws(
+        cls,
+        means: Sequence[float],  # one number per seed
+        intervals: Sequence[tuple[float, float]],  # 95 %, of each over its own items
+    ) -> "OverSeeds":
+        "Of seeds that drew items of their own. Raises `InputError` for fewer than two."
+        mean, se, *student = mean_se(means)
+        half = sum(((high - low) / 2) ** 2 for low, high in intervals) ** 0.5 / len(means)
+        items = (mean - half, mean + half)
+        seeds = Seeds(mean, se, items, tuple(student), list(means))
+        return cls.of(seeds, seeds.p)
 
 # %% ../../nbs/evaluation/17_over_seeds.ipynb #os08
 def matrix_of(

@@ -9,10 +9,11 @@ __all__ = ['Level', 'GroupResult', 'Contrast', 'StudyResults', 'study_results', 
 # %% ../../nbs/evaluation/17_study.ipynb #sy003
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.results import Results, Summary
+from ..core.results import Summary
 from ..core.runs import Evaluation
 from ..core.strict import Count, Interval, Share, Strict, checked, read_json, write_json
 from .grid import Cell, Study
@@ -80,34 +81,58 @@ def _place(cell: Cell, on: str) -> Evaluation:
     return cell.run.usual_evaluation() if on == "test" else cell.retained
 
 
-def _level(places: list[Evaluation]) -> Level:
+def _over_seeds(x: OverSeeds) -> Level:
+    "Of an accuracy; Student's interval goes beyond what that can be."
+    low, high = x.interval
+    return Level.of(x).model_copy(update=dict(interval=(max(0.0, low), min(1.0, high))))
+
+
+def _own(place: Evaluation) -> Summary:
+    "Of the checkpoint that stands for a run."
+    results = place.results()
+    return results.conditions[pick_checkpoint(results, place.folder)]
+
+
+def _over_draws(each: Sequence[Summary]) -> Level:
+    "Of seeds with items of their own."
+    ends = [one.ci95 for one in each if one.ci95]
+    assert len(ends) == len(each), "measured results have intervals"
+    if len(each) == 1:
+        return Level(mean=each[0].accuracy, interval=ends[0], per_seed=[each[0].accuracy])
+    return _over_seeds(OverSeeds.of_draws([one.accuracy for one in each], ends))
+
+
+def _level(places: list[Evaluation], draws: bool) -> Level:
     "Of the checkpoints that stand for these runs."
-    paths = [place.results_path for place in places]
-    if len(paths) > 1:
-        arm = combine(paths)
-        name = next(n for n in reversed(arm.accuracy) if arm.accuracy[n].se is not None)
-        level = Level.of(arm.accuracy[name])
-        low, high = level.interval  # Student's goes beyond what an accuracy can be
-        return level.model_copy(update=dict(interval=(max(0.0, low), min(1.0, high))))
-    results = places[0].results()
-    own = results.conditions[pick_checkpoint(results, paths[0])]
-    assert own.ci95 is not None, "measured results have intervals"
-    return Level(mean=own.accuracy, interval=own.ci95, per_seed=[own.accuracy])
+    if draws or len(places) == 1:
+        return _over_draws([_own(place) for place in places])
+    arm = combine([place.results_path for place in places])
+    name = next(n for n in reversed(arm.accuracy) if arm.accuracy[n].se is not None)
+    return _over_seeds(arm.accuracy[name])
+
+# %% ../../nbs/evaluation/17_study.ipynb #sy014b
+def _compared(ours: Evaluation, theirs: Evaluation) -> dict:
+    "Of one seed."
+    places = (ours, theirs)
+    pair = [read_outcomes(x, pick_checkpoint(x.results(), x.folder)) for x in places]
+    return compare(pair[0], pair[1])
 
 
-def _difference(a: list[Evaluation], b: list[Evaluation]) -> tuple[Level, float]:
+def _difference(a: list[Evaluation], b: list[Evaluation], draws: bool) -> tuple[Level, float]:
     "With its p-value."
-    ours, theirs = ([place.results_path for place in places] for places in (a, b))
-    if len(ours) > 1:
-        arm = combine(ours, theirs)
+    if draws or len(a) == 1:
+        pairs = [_compared(*places) for places in zip(a, b, strict=True)]
+        means = [pair["difference"] for pair in pairs]
+        ends = [pair["difference_ci95"] for pair in pairs]
+        if len(a) == 1:
+            return Level(mean=means[0], interval=ends[0], per_seed=means), pairs[0]["p_mcnemar"]
+        found = OverSeeds.of_draws(means, ends)
+    else:
+        arm = combine(*([place.results_path for place in places] for places in (a, b)))
         name = next(n for n in reversed(arm.difference) if arm.accuracy[n].se is not None)
         found = arm.difference[name]
-        assert found.p is not None, "a difference over seeds has a test"
-        return Level.of(found), found.p
-    one, other = (read_outcomes(x, pick_checkpoint(x.results(), x.folder)) for x in (*a, *b))
-    pair = compare(one, other)
-    d, interval = pair["difference"], pair["difference_ci95"]
-    return Level(mean=d, interval=interval, per_seed=[d]), pair["p_mcnemar"]
+    assert found.p is not None, "a difference over seeds has a test"
+    return Level.of(found), found.p
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy015
 def _contrast(study: Study, done: dict[str, dict[int, Cell]], name: str, on: str) -> dict | None:
@@ -117,7 +142,7 @@ def _contrast(study: Study, done: dict[str, dict[int, Cell]], name: str, on: str
     if not base or not seeds:
         return None
     a, b = ([_place(done[group][seed], on) for seed in seeds] for group in (name, base))
-    difference, p = _difference(a, b)
+    difference, p = _difference(a, b, study.file.draws)
     verdict = f"{verdict_words(difference.interval)} {base}"
     return dict(a=name, b=base, on=on, seeds=seeds, difference=difference, p=p, verdict=verdict)
 
@@ -134,27 +159,27 @@ def _contrasts(study: Study, done: dict[str, dict[int, Cell]]) -> list[Contrast]
 # %% ../../nbs/evaluation/17_study.ipynb #sy016
 def _group(study: Study, cells: list[Cell]) -> GroupResult:
     tests = [_place(cell, "test") for cell in cells]
-    loaded = [place.results() for place in tests]
-    own = [r.conditions[pick_checkpoint(r, "")] for r in loaded]
-    second = study.file.retention is not None
+    own = [_own(place) for place in tests]
+    second, draws = study.file.retention is not None, study.file.draws
     return GroupResult(
         at=cells[0].at,
         seeds=[cell.seed for cell in cells],
         n=own[0].n,
-        accuracy=_level(tests),
+        accuracy=_level(tests, draws),
         truncated=sum(condition.truncated or 0 for condition in own) / len(own),
-        retention=_level([_place(cell, "retention") for cell in cells]) if second else None,
+        retention=_level([_place(cell, "retention") for cell in cells], draws) if second else None,
     )
 
 
-def _base(results: Results) -> dict[str, Summary]:
-    "What is no checkpoint."
-    keys = set(Summary.model_fields)
-    return {
-        name: Summary(**condition.model_dump(include=keys))
-        for name, condition in results.conditions.items()
-        if not condition.adapter
-    }
+def _base(places: list[Evaluation]) -> dict[str, Summary]:
+    "What is no checkpoint; of several draws the first one's, with the accuracy of all."
+    keys, loaded = set(Summary.model_fields), [place.results().conditions for place in places]
+    out = {}
+    for name in (name for name, condition in loaded[0].items() if not condition.adapter):
+        level = _over_draws([conditions[name] for conditions in loaded])
+        changed = dict(accuracy=level.mean, ci95=level.interval)
+        out[name] = Summary(**loaded[0][name].model_dump(include=keys) | changed)
+    return out
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy017
 def study_results(
@@ -170,12 +195,12 @@ def study_results(
     finished = [cell for cells in done.values() for cell in cells.values()]
     loaded = {cell.name: _place(cell, "test").results() for cell in finished}
     base = {}
-    for cell in finished:
-        if cell.conditions:
-            base[cell.group] = _base(loaded[cell.name])
+    for name, cells in done.items():
+        if asked := [cell for cell in cells.values() if cell.conditions]:
+            base[name] = _base([_place(cell, "test") for cell in asked])
             if study.file.retention is not None:
-                second = _base(_place(cell, "retention").results())
-                base[cell.group] |= {f"retention_{name}": x for name, x in second.items()}
+                second = _base([_place(cell, "retention") for cell in asked])
+                base[name] |= {f"retention_{key}": x for key, x in second.items()}
     return StudyResults(
         name=Path(study.name).stem,
         title=study.file.title,
@@ -252,10 +277,11 @@ def study_rows(results: StudyResults) -> list[dict[str, str]]:  # column -> text
 def study_notes(results: StudyResults) -> list[str]:  # sentences, one a line
     "What a reader of the table must know."
     ns = sorted({group.n for group in results.groups.values()})
+    items = "the items' interval" if results.file.get("draws") else "hierarchical bootstrap"
     said = [
         results.title,
-        f"n = {', '.join(map(str, ns))} test items; [the wider of hierarchical bootstrap and "
-        "Student's interval over seeds; with one seed over its items].",
+        f"n = {', '.join(map(str, ns))} test items{' a seed' * bool(results.file.get('draws'))}; "
+        f"[the wider of {items} and Student's interval over seeds; with one seed over its items].",
     ]
     claims = sum(c.on == "test" for c in results.contrasts)
     if claims:
