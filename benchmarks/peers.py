@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import ge, le
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -63,6 +64,7 @@ from peer_trainers import (
 
 WHAT = "seconds of one training step (forward, backward, clipping, optimiser) of one micro-batch"
 LIMITS = dict(distillation=2.5, sft=1.0)
+SIGNS = dict(distillation="≥", sft="≤")  # at least, or at most?
 BENCH = 'pip install -c constraints.txt -e ".[bench]"'
 SWIFT = "pip install torch==2.13.0 ms-swift==4.6.0 -e . (in an environment of its own)"
 
@@ -191,7 +193,8 @@ def judged(ratio: dict) -> dict[str, bool]:
     found, all_of = {}, {}
     for name, value in ratio.items():
         if limit := PAIRS[name].limit:
-            found[name] = value <= LIMITS[limit] if limit == "sft" else value >= LIMITS[limit]
+            keeps = ge if SIGNS[limit] == "≥" else le
+            found[name] = keeps(value, LIMITS[limit])
             all_of[limit] = all_of.get(limit, True) and found[name]
     return found | all_of
 
@@ -236,13 +239,10 @@ def show(out: dict):
     for name, seconds in out.get("median", {}).items():
         print(f"{shown(name):26} {seconds:8.3f} s")
     for name, ratio in out.get("ratio", {}).items():
-        limit = PAIRS[name].limit
-        sign = "≤" if limit == "sft" else "≥"
-        said = (
-            f"   ({sign} {LIMITS[limit]}: {'met' if out['met'][name] else 'NOT MET'})"
-            if limit
-            else ""
-        )
+        limit, said = PAIRS[name].limit, ""
+        if limit:
+            kept = "met" if out["met"][name] else "NOT MET"
+            said = f"   ({SIGNS[limit]} {LIMITS[limit]}: {kept})"
         print(f"{shown(name):40} {ratio:6.2f}{said}")
 
 

@@ -311,7 +311,7 @@ def test_filters_go_on_exactly_after_a_kill(tmp_path, monkeypatch):
     "Killed in stage I, behind it, and in stage II: always the curve of the run that was not."
     over, cut = [*FILTERED, "steps=4"], tmp_path / "cut"
     whole, kept = go(tmp_path / "whole", *over), Run(cut).filters_path
-    for where, name in ((stage_one, "_write_tensors"), (loop, "_optimiser_step")):
+    for where, name in ((stage_one, "write_tensors"), (loop, "_optimiser_step")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(where, name, killed)
             go(cut, *over)

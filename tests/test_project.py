@@ -21,8 +21,8 @@ core: together checkpoints strict results record_lines metrics runs
 data: examples rows shapes formats word_problems small_tasks tasks system_text
 data: contexts templates prompts also alignment encoding
 objectives: targets policy sums losses whole_vocabulary chunked_loss hidden_states
-models: taps quantization loading sharding shared_prefix target_cache teacher decoding generation
-models: mixed_decoding vllm_engine engines
+models: taps quantization loading sharding shared_prefix tensor_files target_cache teacher
+models: decoding generation mixed_decoding vllm_engine engines
 training: batches teachers fill whole_model state step gains filters on_policy trackers setup loop
 training: answers reasons labels
 train

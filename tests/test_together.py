@@ -102,7 +102,8 @@ def test_filling(folder, tmp_path):
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("a file where a folder should be")
     failed(
-        start(COMMAND, "targets", *args, "--processes", "2"), "error: targets could not be written"
+        start(COMMAND, "targets", *args, "--processes", "2"),
+        "error: cached targets could not be written",
     )
 
 

@@ -54,10 +54,14 @@ def held_weights(
     return dict(weights=head + (whole - head) / processes, gathered_layers=2 * layer)
 
 # %% ../../nbs/app/01_memory.ipynb #me05
+def _trained_each(processes: int, weight: int = 4) -> int:
+    "Of a trained parameter: itself, its gradient, AdamW's two moments, and DDP's bucket."
+    return weight + 12 + 4 * (processes > 1)
+
+
 def trained_bytes(s: Shape, cfg: Config, processes: int = 1) -> float:
     "Gradients, AdamW's moments and DDP's buckets; of an adapter, its own weights too."
-    each = 12 if cfg.lora is None else 16
-    return s.trained(cfg.lora) * (each + 4 * (processes > 1))
+    return s.trained(cfg.lora) * _trained_each(processes, 0 if cfg.lora is None else 4)
 
 # %% ../../nbs/app/01_memory.ipynb #me06g
 def filter_bytes(s: Shape, cfg: Config, processes: int = 1) -> int:
@@ -67,7 +71,7 @@ def filter_bytes(s: Shape, cfg: Config, processes: int = 1) -> int:
     if not cfg.hidden.filtered:
         return 0
     maps = len(tapped_layers(cfg.hidden, s.layers))
-    return maps * s.hidden**2 * (4 + 16 + 4 * (processes > 1))
+    return maps * s.hidden**2 * (4 + _trained_each(processes))
 
 # %% ../../nbs/app/01_memory.ipynb #c023
 def _whole_activations(s: Shape, cfg: Config) -> int:

@@ -38,13 +38,14 @@ def _asked_items(cfg: Config) -> int:
 
 
 def _labels(cfg: Config) -> int:
-    "Answers that training waits for."
+    "Answers that training waits for; for a reason (GenPI) a question is answered twice more."
     source, t = cfg.answers.source, cfg.train
     if source == "gold":
         return 0
     if source == "student":
         return t.steps * t.batch_size * t.accumulation
-    return (cfg.task.n_questions or 0) * (cfg.answers.n + (source == "agreed"))
+    more = (source == "agreed") + 2 * (cfg.answers.also == "prompt")
+    return (cfg.task.n_questions or 0) * (cfg.answers.n + more)
 
 # %% ../../nbs/app/20_study_command.ipynb #sc007
 def cost_of(

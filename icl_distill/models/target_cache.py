@@ -7,19 +7,18 @@ __all__ = ['CachedTargets']
 
 # %% ../../nbs/models/03_target_cache.ipynb #tc02
 import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..core.files import InputError
 from ..data.alignment import Aligned
+from .tensor_files import read_tensors, write_tensors
 from ..objectives.targets import Head, HiddenTargets, Kept, Targets
 
 # %% ../../nbs/models/03_target_cache.ipynb #c021
+_WHAT = "cached targets"
+
+
 class CachedTargets:
     "Targets by example, in RAM or as one safetensors file per example in a folder."
 
@@ -54,7 +53,7 @@ class CachedTargets:
         if self.folder is None:
             return self.ram.get(key)
         path = self.path(key)
-        return self._made(_read_tensors(path, key)) if path.exists() else None
+        return self._made(read_tensors(path, key, _WHAT)) if path.exists() else None
 
     def put(self, a: Aligned, targets: Kept) -> Targets | HiddenTargets:  # as they are cached
         """Keep targets in the dtypes that they have.
@@ -67,7 +66,7 @@ class CachedTargets:
         if self.folder is None:
             self.ram[key] = self._made({name: x.clone() for name, x in tensors.items()})
             return self.ram[key]
-        _write_tensors(self.path(key), key, tensors)
+        write_tensors(self.path(key), key, tensors, _WHAT)
         return self._made(tensors)
 
     def _made(self, tensors: dict[str, torch.Tensor]) -> Targets | HiddenTargets:
@@ -75,35 +74,3 @@ class CachedTargets:
             return Targets(**tensors)
         assert self.head is not None, "states are kept for a head"
         return HiddenTargets(tensors["states"], self.head)
-
-# %% ../../nbs/models/03_target_cache.ipynb #c023
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    ordered = [tensors[name].contiguous() for name in sorted(tensors)]
-    data = b"".join(x.view(torch.uint8).numpy().tobytes() for x in ordered)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_tensors(path: Path, key: str, what: str = "cached targets") -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            meta = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{what} {path} are damaged ({error}); delete the file") from error
-    if meta.get("key") != key or meta.get("sha256") != _checksum(tensors):
-        raise InputError(f"{what} {path} do not match their key or checksum; delete the file")
-    return tensors
-
-
-def _write_tensors(path: Path, key: str, tensors: dict[str, torch.Tensor], what: str = "targets"):
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=dict(key=key, sha256=_checksum(tensors)))
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise InputError(
-            f"{what} could not be written to {path} ({error}); what was there before stays"
-        ) from error

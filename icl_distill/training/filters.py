@@ -20,7 +20,7 @@ from ..data.alignment import Aligned
 from ..models.generation import evaluating
 from ..models.loading import answer_hidden
 from ..models.taps import Taps, compared
-from ..models.target_cache import _read_tensors, _write_tensors
+from ..models.tensor_files import read_tensors, write_tensors
 from ..objectives.chunked_loss import chunked_loss
 from ..objectives.hidden_states import Filters, normalised
 from ..objectives.targets import Head
@@ -147,7 +147,7 @@ def ready_filters(
     Raises `InputError` where the file is missing, damaged or another training's."""
     path, key, learnt = state.run.filters_path, _key(state), copy.deepcopy(filters)
     if path.is_file():
-        learnt.load_state_dict(_read_tensors(path, key, "filters"))
+        learnt.load_state_dict(read_tensors(path, key, "filters"))
     elif state.step:
         raise InputError(
             f"{path} is missing: it holds the teacher's filters, with which {state.checkpoint} was "
@@ -161,7 +161,7 @@ def ready_filters(
                 f"filters: {count / 1e6:.1f} M parameters in {len([*learnt.parameters()])} maps; "
                 f"their mean CE fell from {losses[0]:.2f} to {losses[-1]:.2f}"
             )
-            _write_tensors(path, key, _on_cpu(learnt), "filters")
+            write_tensors(path, key, _on_cpu(learnt), "filters")
         state.learner.accelerator.wait_for_everyone()
     filters.teacher.load_state_dict(learnt.teacher.state_dict())
     if not state.step:
