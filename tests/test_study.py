@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from icl_distill.app.cells import _environment
 from icl_distill.app.cli import app
-from icl_distill.app.study_command import answers_of, cost_of
+from icl_distill.app.study_command import answers_of, costs_of
 from icl_distill.core.config import load_config, shipped_configs
 from icl_distill.core.runs import Run
 from icl_distill.data.examples import Example, with_wrong_answers
@@ -243,15 +243,9 @@ HOURS = {"controls": 1.75, "mse": 1.25, "prefix_direction": 1.25, "top_k": 0.75,
 @pytest.mark.parametrize("name", HOURS)
 def test_small_studies_are_small(name):
     "What its file promises of one core, at 40 GFLOP/s and five answers a second, on a busy one."
-    study, flops = read_study(name), {}
-
-    def alike(cell):  # what a training costs depends on little else
-        return cell.config.task.name, cell.config.has_teacher, cell.config.train.steps
-
-    for cell in study.cells:
-        if alike(cell) not in flops:
-            flops[alike(cell)] = cost_of(cell).flops
-    training = sum(flops[alike(cell)] for cell in study.cells)
+    study = read_study(name)
+    costs = costs_of(study)
+    training = sum(costs[cell.group].flops for cell in study.cells)
     answers = sum(answers_of(cell, study.file.choose) for cell in study.cells)
     assert training / 40e9 + answers / 5 < 3600 * HOURS[name]
 
