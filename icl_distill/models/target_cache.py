@@ -16,9 +16,6 @@ from .tensor_files import read_tensors, write_tensors
 from ..objectives.targets import Head, HiddenTargets, Kept, Targets
 
 # %% ../../nbs/models/03_target_cache.ipynb #c021
-_WHAT = "cached targets"
-
-
 class CachedTargets:
     "Targets by example, in RAM or as one safetensors file per example in a folder."
 
@@ -53,7 +50,7 @@ class CachedTargets:
         if self.folder is None:
             return self.ram.get(key)
         path = self.path(key)
-        return self._made(read_tensors(path, key, _WHAT)) if path.exists() else None
+        return self._made(read_tensors(path, key, "cached targets")) if path.exists() else None
 
     def put(self, a: Aligned, targets: Kept) -> Targets | HiddenTargets:  # as they are cached
         """Keep targets in the dtypes that they have.
@@ -66,7 +63,7 @@ class CachedTargets:
         if self.folder is None:
             self.ram[key] = self._made({name: x.clone() for name, x in tensors.items()})
             return self.ram[key]
-        write_tensors(self.path(key), key, tensors, _WHAT)
+        write_tensors(self.path(key), key, tensors, "cached targets")
         return self._made(tensors)
 
     def _made(self, tensors: dict[str, torch.Tensor]) -> Targets | HiddenTargets:
