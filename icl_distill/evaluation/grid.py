@@ -153,7 +153,9 @@ def _told(text: str, names: dict[str, str]) -> str:
         return Template(text).substitute(names)
     except (KeyError, ValueError) as error:
         known = ", ".join(f"${name}" for name in names)
-        raise InputError(f"{text!r}: names no value of the cell; there are {known}") from error
+        raise InputError(
+            f"{text!r}: names no value of the cell; there are {known} (write $$ for a dollar)"
+        ) from error
 
 # %% ../../nbs/evaluation/16_grid.ipynb #gr017
 _OURS = r"(run|seed|evaluate\.(conditions|checkpoints|steps|split|shard|output))="
