@@ -146,7 +146,7 @@ def _against(file: StudyFile, axes: dict[str, dict[str, list[str]]]) -> tuple[st
         return axis, value
     return "", ""
 
-
+# %% ../../nbs/evaluation/16_grid.ipynb #gr015b
 def _told(text: str, names: dict[str, str]) -> str:
     "An override with the cell's own values. Raises `InputError` for a name that there is not."
     try:
