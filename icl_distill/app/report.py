@@ -17,7 +17,7 @@ from ..core.config import to_yaml
 from ..core.files import write_text
 from ..core.record_lines import RecordLine
 from ..core.results import Results
-from ..evaluation.over_seeds import OverSeeds
+from ..evaluation.over_seeds import OverSeeds, in_points
 from ..evaluation.statistics import verdict_words
 from ..training.labels import labels_text
 
@@ -247,11 +247,6 @@ def seed_rows(each: list[Results]) -> list[dict[str, str]]:  # column -> text, o
     return rows
 
 # %% ../../nbs/app/11_report.ipynb #rp32
-def _points(difference: float, interval: tuple[float, float]) -> str:
-    low, high = (f"{100 * end:+.1f}" for end in interval)
-    return f"{100 * difference:+.1f} [{low}, {high}]"
-
-
 def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baseline
     "What `baked` differs by, seed by seed and on average."
     said = []
@@ -259,13 +254,13 @@ def seed_notes(each: list[Results]) -> list[str]:  # a sentence for each baselin
         pairs = [p for results in each for p in results.paired if (p.a, p.b) == ("baked", other)]
         if not pairs:
             continue
-        by_seed = ", ".join(_points(p.difference, p.difference_ci95) for p in pairs)
+        by_seed = ", ".join(in_points(p.difference, p.difference_ci95, "+") for p in pairs)
         sentence = f"Baked against {ARMS[other]}, in points by seed: {by_seed}"
         if len(pairs) > 1:
             over = OverSeeds.of_draws(
                 [p.difference for p in pairs], [p.difference_ci95 for p in pairs]
             )
-            sentence += f"; on average {_points(over.mean, over.interval)}, "
+            sentence += f"; on average {in_points(over.mean, over.interval, '+')}, "
             sentence += f"{verdict_words(over.interval)} it over {len(pairs)} seeds"
         said.append(f"{sentence} (95 %).")
     return said

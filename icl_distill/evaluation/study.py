@@ -18,7 +18,8 @@ from ..core.runs import Evaluation
 from ..core.strict import Count, Interval, Share, Strict, checked, read_json, write_json
 from .grid import Cell, Study
 from .power import holm
-from .seeds import OverSeeds, combine, pick_checkpoint, read_outcomes
+from .over_seeds import OverSeeds, in_points
+from .seeds import combine, pick_checkpoint, read_outcomes
 from .statistics import compare, verdict_words
 from .tables import as_markdown
 
@@ -251,8 +252,7 @@ def write_study_records(
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy027
 def _points(x: Level, sign: str = "") -> str:
-    low, high = (f"{100 * end:{sign}.1f}" for end in x.interval)
-    return f"{100 * x.mean:{sign}.1f} [{low}, {high}]"
+    return in_points(x.mean, x.interval, sign)
 
 
 def study_rows(results: StudyResults) -> list[dict[str, str]]:  # column -> text, a dict a group
@@ -277,10 +277,11 @@ def study_rows(results: StudyResults) -> list[dict[str, str]]:  # column -> text
 def study_notes(results: StudyResults) -> list[str]:  # sentences, one a line
     "What a reader of the table must know."
     ns = sorted({group.n for group in results.groups.values()})
-    items = "the items' interval" if results.file.get("draws") else "hierarchical bootstrap"
+    draws = results.file.get("draws", False)
+    items = "the items' interval" if draws else "hierarchical bootstrap"
     said = [
         results.title,
-        f"n = {', '.join(map(str, ns))} test items{' a seed' * bool(results.file.get('draws'))}; "
+        f"n = {', '.join(map(str, ns))} test items{' a seed' * draws}; "
         f"[the wider of {items} and Student's interval over seeds; with one seed over its items].",
     ]
     claims = sum(c.on == "test" for c in results.contrasts)
