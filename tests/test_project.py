@@ -27,7 +27,7 @@ training: batches teachers fill whole_model state step gains filters on_policy t
 training: answers reasons labels
 train
 evaluation: statistics draws over_seeds power conditions records shards scores tables seeds jobs
-evaluation: evaluate harness browse style arms plots figures grid study study_figure
+evaluation: evaluate harness browse style arms plots figures grid study study_table study_figure
 app: estimate memory plan launched monitor launch widgets export preflight data_report usage serving
 app: card report bake push quickstart doctor methods command bake_command cells study_command cli
 testing

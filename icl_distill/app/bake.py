@@ -33,6 +33,7 @@ from ..data.system_text import with_system
 from ..data.tasks import Task, load_task
 from ..evaluation.conditions import Condition
 from ..evaluation.evaluate import evaluate, out_path
+from ..evaluation.over_seeds import in_points
 from ..evaluation.statistics import verdict_words
 from ..models.generation import TransformersEngine
 from ..models.loading import load_model
@@ -227,11 +228,8 @@ _SAID = {
 
 def _against(results: Results, other: str) -> str:
     pair = next(p for p in results.paired if (p.a, p.b) == ("baked", other))
-    low, high = (100 * end for end in pair.difference_ci95)
-    said = _SAID[verdict_words((low, high))]
-    return (
-        f"{100 * pair.difference:+.1f} [{low:+.1f}, {high:+.1f}] against {_WORDS[other]} ({said})"
-    )
+    points = in_points(pair.difference, pair.difference_ci95, "+")
+    return f"{points} against {_WORDS[other]} ({_SAID[verdict_words(pair.difference_ci95)]})"
 
 
 def bake_verdict(results: Results) -> str:

@@ -205,6 +205,7 @@ def _write(study, unfinished: dict[str, str]):
     "Results file, table and figures of what is finished; the table is printed."
     from icl_distill.evaluation import study as made
     from icl_distill.evaluation.study_figure import draw_study
+    from icl_distill.evaluation.study_table import study_markdown, study_notes, study_rows
     from icl_distill.evaluation.style import save
     from icl_distill.evaluation.tables import print_table
 
@@ -212,13 +213,13 @@ def _write(study, unfinished: dict[str, str]):
     names = ("study.json", "study.md", "study_records.jsonl.gz")
     written = [study.folder / name for name in names]
     made.write_study(written[0], results)
-    write_text(written[1], made.study_markdown(results))
+    write_text(written[1], study_markdown(results))
     made.write_study_records(written[2], study, unfinished)
     written.append(save(draw_study(results), study.folder / "study.png"))
     if study.file.retention is not None:
         figure = draw_study(results, "retention")
         written.append(save(figure, study.folder / "study_retention.png"))
-    print_table(made.study_rows(results), made.study_notes(results))
+    print_table(study_rows(results), study_notes(results))
     for path in written:
         print(path)
 

@@ -17,13 +17,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _accuracy(result: Summary) -> str:
-    low, high = (f"{100 * end:.1f}" for end in result.ci95 or (inf, inf))
-    return f"{_percent(result.accuracy)} [{low}, {high}]"
-
-
 def _interval(value: float, ends: tuple[float, float]) -> str:
     return f"{_percent(value)} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+
+
+def _accuracy(result: Summary) -> str:
+    return _interval(result.accuracy, result.ci95 or (inf, inf))
 
 
 def _drawn(result: Summary, of_set: str = "") -> dict[str, str]:
