@@ -7,13 +7,15 @@ One step is forward and backward of one micro-batch; the context is one of eight
 memory: the high-water mark of a process of its own per mode (CUDA: max_memory_allocated). Ratios of
 time are medians of the ratios on the same batch. `flop_share`: the fewest operations a step needs,
 over what the machine's own matrix product would do in its time. Results files keep an older word
-for cached targets, `remembered`.
+for cached targets, `remembered`. `--profile FILE` says where the time of a step of each mode goes.
 """
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from common import (
     MODES,
@@ -60,9 +62,23 @@ def peak(args, mode):
     print(torch.cuda.max_memory_allocated() if args.device == "cuda" else resident())
 
 
+def write_profile(path: Path, steps, batch):
+    "The operators of a step of each mode, those with the most time of their own first."
+    kinds, by = [ProfilerActivity.CPU], "self_cpu_time_total"
+    if steps.acc.device.type == "cuda":
+        kinds, by = [*kinds, ProfilerActivity.CUDA], "self_device_time_total"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for mode in MODES:
+            with profile(activities=kinds) as found:
+                steps(mode, batch)
+            file.write(f"{shown(mode)}\n{found.key_averages().table(sort_by=by, row_limit=25)}\n")
+
+
 def main():
     p = arguments(__doc__)
     p.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
+    p.add_argument("--profile", type=Path, help="a text file, written after the measurement")
     args = p.parse_args()
     if args.peak:
         return peak(args, args.peak)
@@ -85,6 +101,8 @@ def main():
         )
         for m in MODES
     }
+    if args.profile:
+        write_profile(args.profile, steps, batches[0])
     del steps
     mid, memory = (
         {m: median(v) for m, v in seconds.items()},

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
+
+from icl_distill.core.results import read_results
 
 root = Path(__file__).resolve().parent.parent
 bench = root / "results" / "bench"
@@ -132,26 +135,59 @@ def test_scalings_growth_is_that_of_the_raw_figures():
     }
 
 
+def gpu(script: str, *arguments) -> str:
+    "What one of the GPU scripts prints."
+    command = [sys.executable, f"benchmarks/gpu/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def test_gpu_commands_exist(tmp_path):
     """Every command that `measure.py` would run is accepted by the script that it names, as far as
     its arguments go."""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu/measure.py", "--out", tmp_path / "gpu", "--list"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    commands = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert (
-        done.returncode == 0
-        and len(commands) > 10
-        and {"step_time.py", "loss_memory.py", "scaling.py"} == {Path(c[1]).name for c in commands}
-    )
-    for script in {c[1] for c in commands}:
-        text = subprocess.run(
-            [sys.executable, script, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        assert {a for c in commands if c[1] == script for a in c if a.startswith("--")} <= set(
-            text.replace(",", " ").replace("[", " ").split()
-        ), script
-    assert not list((tmp_path / "gpu").iterdir())
+    listed = gpu("measure.py", "--out", tmp_path / "gpu", "--list", "--", "--repeats", "3")
+    commands = [shlex.split(line) for line in listed.splitlines()]
+    scripts = {Path(command[1]).name for command in commands}
+    assert scripts == {"step_time.py", "paper_run.py", "loss_memory.py", "scaling.py"}
+    assert len({command[-1] for command in commands}) == len(commands) > 20
+    for script in {command[1] for command in commands}:
+        done = subprocess.run([sys.executable, script, "--help"], stdout=subprocess.PIPE, text=True)
+        known = done.stdout.replace(",", " ").replace("[", " ").split()
+        given = [part for command in commands if command[1] == script for part in command]
+        assert {part for part in given if part.startswith("--")} <= set(known), script
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_measuring_goes_on_where_it_stopped(tmp_path):
+    how = ("--out", tmp_path, "--device", "cpu", "--only", "loss_memory")
+    assert "left for the next time: loss_memory" in gpu("measure.py", *how, "--minutes", "-1")
+    assert "== loss_memory" in gpu("measure.py", *how)
+    assert json.loads((tmp_path / "loss_memory.json").read_text())["environment"]["device"] == "cpu"
+    assert "== loss_memory" not in gpu("measure.py", *how)
+
+
+@pytest.mark.slow
+def test_gsm8k_and_the_engines_run_as_they_are_told(tmp_path):
+    "Two steps and a few items, on a CPU; transformers stands for both engines."
+    rows = [
+        {"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"}
+        for i in range(40)
+    ]
+    for split, some in (("train", rows[:30]), ("test", rows[30:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    few = ["task.n_dev=4", "train.steps=2", "train.save_every=1", "evaluate.max_new_tokens=4"]
+    few += ["train.batch_size=2", "train.warmup_steps=0", "context.n_shots=2"]
+    where = ("--gsm8k", tmp_path, "--runs", runs, "--out", out)
+    gpu("gsm8k.py", *where, "--seeds", 0, "--arms", "distill", "--", *few)
+    assert list(read_results(out / "distill_0" / "evaluation" / "results.json").conditions) == [
+        *("step_1", "step_2")
+    ]
+    assert not list(out.rglob("*.safetensors"))
+    sys.path.insert(0, str(root / "benchmarks" / "gpu"))
+    import engines
+
+    args = SimpleNamespace(run=runs / "distill_0", overrides=[])
+    found = [engines.answer(args, "transformers") for args.out in (out / "a", out / "b")]
+    rows = engines.compared(*found)
+    assert [row["condition"] for row in rows] == ["step_1", "step_2"]
+    assert all(row["same"] == row["n"] == 10 for row in rows)

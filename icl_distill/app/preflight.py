@@ -18,7 +18,7 @@ from ..core.files import digest, write_text
 from ..core.hub import tokenizer_hash
 from ..core.runs import Run
 from ..core.strict import Count, Share, Strict, checked, read_json
-from ..data.contexts import Context
+from ..data.contexts import Context, prompt_of
 from ..data.examples import Example, folded
 from ..data.prompts import Prompter
 from ..data.tasks import Task
@@ -42,9 +42,9 @@ def behind(
     example: Example,
 ) -> Context:
     "What the prompted model reads, without the example itself."
-    text = cfg.context.text if cfg.context.kind == "text" else None
     own = folded(example.question)
-    return Context(tuple(shot for shot in task.train if folded(shot.question) != own), text)
+    others = [shot for shot in task.train if folded(shot.question) != own]
+    return prompt_of(cfg.context, others)
 
 # %% ../../nbs/app/08_preflight.ipynb #pf09
 def gold_nll(

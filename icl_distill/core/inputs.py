@@ -175,6 +175,11 @@ class TaskConfig(Section):
             check_format(file, options, [*FILE_KEYS, *self.test_sets])
         return self
 
+    @property
+    def has_questions(self) -> bool:
+        "Are there questions without answers? All training examples are shots then."
+        return bool(self.questions_path or self.n_questions)
+
     @model_validator(mode="after")
     def _regex_fits(self):
         if self.extract != "regex":

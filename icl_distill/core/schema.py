@@ -274,11 +274,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _answers_have_questions(self):
-        if (
-            self.answers.source in ("gold", "student")
-            or self.task.questions_path
-            or self.task.n_questions
-        ):
+        if self.answers.source in ("gold", "student") or self.task.has_questions:
             return self
         raise disagree(
             f"answers.source is {self.answers.source!r}, but there are no questions to answer: "

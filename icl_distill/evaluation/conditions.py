@@ -15,7 +15,7 @@ from ..core.checkpoints import Checkpoint, find_checkpoints
 from ..core.config import Config, ModelConfig, config_dict, replace
 from ..core.files import InputError
 from ..core.pace import say
-from ..data.contexts import Context, Contexts
+from ..data.contexts import Context, Contexts, prompt_of
 from ..data.examples import Example
 from ..data.prompts import Prompter
 from ..data.tasks import Task
@@ -60,6 +60,8 @@ def base_condition(
         raise InputError(
             f"condition {name!r}: expected zero_shot, few_shot, N_shot (such as 4_shot) or teacher"
         )
+    if cfg.task.has_questions and name == "few_shot":
+        return Condition(name, prompt_of(cfg.context, train))
     n_shots = int(found[1] or cfg.context.n_shots)
     fixed = replace(cfg.context, kind="fixed", n_shots=n_shots)
     return Condition(name, Contexts(fixed, train).shared[0])

@@ -19,7 +19,7 @@ from ..core.files import InputError, digest
 from ..core.hub import tokenizer_hash
 from ..core.record_lines import AnswerLine, RecordsFile
 from ..core.runs import Run
-from ..data.contexts import Context
+from ..data.contexts import Context, prompt_of
 from ..data.examples import Question
 from ..data.prompts import Prompter
 from ..data.tasks import Task
@@ -44,8 +44,7 @@ def prompted(
     task: Task,  # whose training examples are the shots
 ) -> Labeller:
     "The teacher: the base model behind all shots, with the instructions before them."
-    text = cfg.context.text if cfg.context.kind == "text" else None
-    return Labeller("teacher", Context(tuple(task.train), text))
+    return Labeller("teacher", prompt_of(cfg.context, task.train))
 
 # %% ../../nbs/training/05_answers.ipynb #an08b
 def drawing(
