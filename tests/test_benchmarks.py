@@ -189,5 +189,5 @@ def test_gsm8k_and_the_engines_run_as_they_are_told(tmp_path):
     args = SimpleNamespace(run=runs / "distill_0", overrides=[])
     found = [engines.answer(args, "transformers") for args.out in (out / "a", out / "b")]
     rows = engines.compared(*found)
-    assert [row["condition"] for row in rows] == ["step_1", "step_2"]
+    assert [row["condition"] for row in rows] == ["zero_shot", "few_shot", "step_1", "step_2"]
     assert all(row["same"] == row["n"] == 10 for row in rows)
