@@ -75,70 +75,84 @@ def write_profile(path: Path, steps, batch):
             file.write(f"{shown(mode)}\n{found.key_averages().table(sort_by=by, row_limit=25)}\n")
 
 
-def main():
-    p = arguments(__doc__)
-    p.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
-    p.add_argument("--profile", type=Path, help="a text file, written after the measurement")
-    args = p.parse_args()
-    if args.peak:
-        return peak(args, args.peak)
+def flop_share(args, steps, batches, seconds) -> tuple[float, dict]:
+    "FLOP/s of the machine's own matrix product, and what share of it each mode reaches."
+    tokens = max(len(example.student_ids) for example in batches[0]) * args.batch
+    rate = matmul_rate(steps.model, tokens, steps.acc.device, getattr(torch, args.dtype))
+    share = {}
+    for mode in MODES:
+        pairs = zip(batches, seconds[mode], strict=True)
+        share[mode] = median(least_flops(steps.model, mode, b) / s / rate for b, s in pairs)
+    return rate, share
+
+
+def measured(args) -> dict:
+    "The results file, without what is asked of it."
     steps, batches = setup(args, MODES)
-    for m in MODES:
-        steps(m, batches[0])
-    for b in batches:
-        steps("distill_remembered", b)  # the first epoch
-    seconds = in_turn({m: partial(timed, steps, m) for m in MODES}, batches)
-    rate = matmul_rate(
-        steps.model,
-        max(len(a.student_ids) for a in batches[0]) * args.batch,
-        steps.acc.device,
-        getattr(torch, args.dtype),
-    )
-    share = {
-        m: median(
-            least_flops(steps.model, m, b) / s / rate
-            for b, s in zip(batches, seconds[m], strict=True)
-        )
-        for m in MODES
-    }
+    for mode in MODES:
+        steps(mode, batches[0])  # warms up
+    for batch in batches:
+        steps("distill_remembered", batch)  # the first epoch
+    seconds = in_turn({mode: partial(timed, steps, mode) for mode in MODES}, batches)
+    rate, share = flop_share(args, steps, batches, seconds)
     if args.profile:
         write_profile(args.profile, steps, batches[0])
     del steps
-    mid, memory = (
-        {m: median(v) for m, v in seconds.items()},
-        {m: int(in_child("--peak", m)) for m in MODES},
-    )
-
-    out = dict(
+    memory = {mode: int(in_child("--peak", mode)) for mode in MODES}
+    return dict(
         what="seconds of forward and backward of one micro-batch",
         **described(args, batches),
         seconds=seconds,
-        median=mid,
-        ratio_to_sft={m: paired(seconds, m, "sft") for m in MODES},
+        median={mode: median(each) for mode, each in seconds.items()},
+        ratio_to_sft={mode: paired(seconds, mode, "sft") for mode in MODES},
         plain_over_online=paired(seconds, "distill_plain", "distill_online"),
         peak_bytes=memory,
-        memory_ratio_to_sft={m: v / memory["sft"] for m, v in memory.items()},
+        memory_ratio_to_sft={mode: peak / memory["sft"] for mode, peak in memory.items()},
         matmul_flops_per_second=rate,
         flop_share=share,
         environment=machine(),
     )
-    limits = LIMITS[args.device]
-    out["met"] = dict(
-        online=out["ratio_to_sft"]["distill_online"] <= limits["online"],
-        remembered=out["ratio_to_sft"]["distill_remembered"] <= limits["remembered"],
+
+
+def met(out: dict, limits: dict) -> dict[str, bool]:
+    "Which limits the figures keep."
+    ratio, memory = out["ratio_to_sft"], out["memory_ratio_to_sft"]
+    return dict(
+        online=ratio["distill_online"] <= limits["online"],
+        remembered=ratio["distill_remembered"] <= limits["remembered"],
         plain_over_online=out["plain_over_online"] >= limits["plain_over_online"],
-        memory=out["memory_ratio_to_sft"]["distill_online"] <= limits["memory"],
+        memory=memory["distill_online"] <= limits["memory"],
     )
-    out["limits"] = limits
-    write(args.out, out)
-    for m in MODES:
+
+
+def show(out: dict):
+    for mode in MODES:
         print(
-            f"{shown(m):20} {mid[m]:7.3f} s  {out['ratio_to_sft'][m]:5.2f} × sft   "
-            f"peak {memory[m] / 2**20:7.0f} MiB  {out['memory_ratio_to_sft'][m]:5.2f} ×   "
-            f"{100 * share[m]:3.0f} % of the matrix product's rate"
+            f"{shown(mode):20} {out['median'][mode]:7.3f} s  "
+            f"{out['ratio_to_sft'][mode]:5.2f} × sft   "
+            f"peak {out['peak_bytes'][mode] / 2**20:7.0f} MiB  "
+            f"{out['memory_ratio_to_sft'][mode]:5.2f} ×   "
+            f"{100 * out['flop_share'][mode]:3.0f} % of the matrix product's rate"
         )
-    met = {shown(k): f"({limits[k]}): {'yes' if v else 'NO'}" for k, v in out["met"].items()}
-    print("; ".join(f"{k} {v}" for k, v in met.items()))
+    limits = out["limits"]
+    said = (
+        f"{shown(name)} ({limits[name]}): {'yes' if kept else 'NO'}"
+        for name, kept in out["met"].items()
+    )
+    print("; ".join(said))
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", type=Path, help="a text file: the operators of each mode")
+    args = parser.parse_args()
+    if args.peak:
+        return peak(args, args.peak)
+    out, limits = measured(args), LIMITS[args.device]
+    out |= dict(met=met(out, limits), limits=limits)
+    write(args.out, out)
+    show(out)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,18 @@ def test_the_papers_run_reads_each_example_once_where_targets_are_kept(tmp_path,
     assert r["total"] == {way: pytest.approx(sum(s)) for way, s in r["seconds"].items()}
 
 
+@pytest.mark.slow
+def test_a_steps_time_is_said_for_each_mode_and_where_it_goes(tmp_path):
+    r, said = run("step_time", tmp_path, "--profile", str(tmp_path / "profile.txt"))
+    profile = (tmp_path / "profile.txt").read_text()
+    for mode in ("sft", "distill_online", "distill_remembered", "distill_plain"):
+        assert r["median"][mode] == r["seconds"][mode][0]
+        assert mode.replace("remembered", "cached") in said and mode in profile.replace(
+            "cached", "remembered"
+        )
+    assert profile.count("aten::mm") >= 4 and list(r["met"]) == list(r["limits"])
+
+
 def test_losses_ratios_are_those_of_the_raw_figures():
     r = json.loads((bench / "loss_memory.json").read_text())
     assert {(x["V"], x["A"]) for x in r["rows"]} == {
@@ -157,6 +169,7 @@ def test_gpu_commands_exist(tmp_path):
     assert not (tmp_path / "gpu").exists()
 
 
+@pytest.mark.slow
 def test_measuring_goes_on_where_it_stopped(tmp_path):
     how = ("--out", tmp_path, "--device", "cpu", "--only", "loss_memory")
     assert "left for the next time: loss_memory" in gpu("measure.py", *how, "--minutes", "-1")
