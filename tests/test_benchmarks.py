@@ -162,8 +162,9 @@ def test_gpu_commands_exist(tmp_path):
     assert scripts == {"step_time.py", "paper_run.py", "loss_memory.py", "scaling.py"}
     assert len({command[-1] for command in commands}) == len(commands) > 20
     for script in {command[1] for command in commands}:
-        done = subprocess.run([sys.executable, script, "--help"], stdout=subprocess.PIPE, text=True)
-        known = done.stdout.replace(",", " ").replace("[", " ").split()
+        asked = [sys.executable, script, "--help"]
+        text = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout
+        known = text.replace(",", " ").replace("[", " ").split()
         given = [part for command in commands if command[1] == script for part in command]
         assert {part for part in given if part.startswith("--")} <= set(known), script
     assert not (tmp_path / "gpu").exists()

@@ -10,10 +10,9 @@ an error: transformers' answers alone compare nothing.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from gsm8k import icl_distill
 from icl_distill.core.runs import Evaluation
 
 ENGINES = ("transformers", "vllm")
@@ -23,10 +22,7 @@ def answer(args, engine: str) -> Evaluation:
     "All conditions, answered by one engine."
     results = args.out / engine / "results.json"
     settings = [f"engine={engine}", f"output={results}", f"checkpoints={args.run}"]
-    command = ["evaluate", str(args.run / "config.yaml"), *settings, *args.overrides]
-    print("$", "icl-distill", *command, flush=True)
-    main = "from icl_distill.app.cli import main; main()"
-    subprocess.run([sys.executable, "-c", main, *command], check=True)
+    icl_distill("evaluate", str(args.run / "config.yaml"), *settings, *args.overrides)
     return Evaluation(results)
 
 

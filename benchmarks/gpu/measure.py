@@ -40,7 +40,8 @@ class Job:
 
     script: str
     arguments: list[str]
-    shape: str = ""  # whose random weights it needs; '': none
+    shape: str = ""  # whose random weights it needs
+    folder: Path | None = None  # where they are to lie; None: it needs none
 
     def command(self, out: Path) -> list[str]:
         return [sys.executable, str(BENCHMARKS / self.script), *self.arguments, "--out", str(out)]
@@ -57,11 +58,11 @@ class Jobs:
     def steps(self, script: str, name: str, *more: str) -> Job:
         "A benchmark of training steps of a model."
         model = MODELS[name]
-        known = model.startswith("pypi:")
+        folder = None if model.startswith("pypi:") else self.folder / name
         data = ["--gsm8k", self.args.gsm8k] if self.args.gsm8k else []
         arguments = ["--device", self.args.device, *self.dtype, *data, *self.args.extra, *more]
-        arguments += ["--model", model if known else str(self.folder / name)]
-        return Job(script, arguments, "" if known else model)
+        arguments += ["--model", str(folder or model)]
+        return Job(script, arguments, model, folder)
 
     def loss(self) -> Job:
         small = ["--vocabularies", "16384", "--positions", "256", "2048", "--hidden", "64"]
@@ -94,15 +95,15 @@ def make_model(shape: str, folder: Path):
         subprocess.run([sys.executable, script, shape, str(folder)], check=True)
 
 
-def run(name: str, job: Job, args, folder: Path) -> bool:
+def run(name: str, job: Job, out: Path) -> bool:
     "Whether the job has a results file now."
     print(f"== {name}", flush=True)
-    if job.shape:
-        make_model(job.shape, folder / name.split("-batch")[0].removesuffix("-paper"))
-    done = subprocess.run(job.command(args.out / f"{name}.json"), capture_output=True, text=True)
+    if job.folder:
+        make_model(job.shape, job.folder)
+    done = subprocess.run(job.command(out / f"{name}.json"), capture_output=True, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
-        (args.out / f"{name}.err").write_text(done.stderr[-4000:])
+        (out / f"{name}.err").write_text(done.stderr[-4000:])
     return done.returncode == 0
 
 
@@ -153,7 +154,7 @@ def main() -> int:
                 continue
             if time.monotonic() - start > 60 * args.minutes:
                 left.append(name)
-            elif not run(name, job, args, Path(folder)):
+            elif not run(name, job, args.out):
                 failed.append(name)
     show(args.out)
     if left:

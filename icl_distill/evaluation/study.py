@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.files import InputError
-from ..core.record_lines import RecordLine
+from ..core.record_lines import RecordLine, parse_line
 from ..core.results import Summary
 from ..core.runs import Evaluation
 from ..core.strict import Count, Interval, Share, Strict, checked, read_json, write_json
@@ -268,8 +268,9 @@ def read_study_records(
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a study's answers ({error})") from error
-    rows = enumerate(map(json.loads, lines), 1)
-    return [checked(StudyRecord, row, f"{path}, line {i}") for i, row in rows]
+    numbered = enumerate(lines, 1)
+    rows = [parse_line(line, f"{path}, line {i}", StudyRecord) for i, line in numbered]
+    return [row for row in rows if isinstance(row, StudyRecord)]
 
 # %% ../../nbs/evaluation/17_study.ipynb #sy041
 def student_answers(
